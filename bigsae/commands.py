@@ -1,0 +1,63 @@
+"""What every command shares: parsing, where messages go, and how a user's mistake ends."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+import tyro
+
+from bigsae.config import TrainConfig, UserError, read_config
+
+Config = TypeVar("Config")
+
+# torchrun ends the other ranks as soon as one fails. Rank 0 has the word, so the others leave it this long.
+_SECONDS_FOR_RANK_0 = 10.0
+
+
+def parse_train_config(arguments: list[str]) -> TrainConfig:
+    """The configuration from the command line; `--config <file>` gives the defaults of all other flags."""
+    default = None
+    for i, argument in enumerate(arguments):
+        if argument == "--config" or argument.startswith("--config="):
+            _flag, _, value = argument.partition("=")
+            rest = arguments[:i] + arguments[i + (1 if value else 2) :]
+            if not value and i + 1 == len(arguments):
+                raise UserError("--config needs a file: give the config.json of a run")
+            default, arguments = read_config(value or arguments[i + 1]), rest
+            break
+    config = tyro.cli(
+        TrainConfig,
+        prog="bigsae.train",
+        args=arguments,
+        default=default,
+        description=(TrainConfig.__doc__ or "")
+        + " --config FILE reads the defaults of all flags from a run's config.json.",
+        console_outputs=_rank() == 0,
+    )
+    assert isinstance(config, TrainConfig)
+    return config
+
+
+def run_command(main: Callable[[], None]) -> None:
+    """Run `main`; a UserError becomes a short message and exit status 2. Rank 0 alone prints."""
+    level = logging.INFO if _rank() == 0 else logging.ERROR
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("bigsae").setLevel(level)
+    try:
+        main()
+    except UserError as error:
+        message = f"error: {error}"
+        if _rank():
+            time.sleep(_SECONDS_FOR_RANK_0)
+            message = f"error on rank {_rank()}: {error}"
+        print(message, file=sys.stderr, flush=True)
+        sys.exit(2)
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", "0"))

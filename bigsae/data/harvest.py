@@ -1,0 +1,110 @@
+"""From token rows to batches of activations: refills the buffer, on all ranks together."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from bigsae.config import UserError
+from bigsae.data.buffer import ActivationBuffer
+from bigsae.parallel import collectives
+from bigsae.parallel.mesh import Mesh
+
+Extract = Callable[[Tensor], dict[str, Tensor]]
+"""Token ids [rows, ctx_len] to activations [rows, ctx_len, d_in] of each hookpoint; the same calls on every rank."""
+
+
+class Harvest:
+    """Batches of shuffled activations, the same number on every rank.
+
+    A sharded LM needs all ranks for each forward, but ranks gather at different paces: special tokens are left out,
+    and a rank's data may end. So ranks refill together, each time with the same number of forwards: a rank that is
+    full, or has no rows left, runs an empty row and throws the outputs away. Its own rows wait, none is lost.
+    """
+
+    def __init__(
+        self,
+        rows: Iterator[Tensor],
+        extract: Extract,
+        trained_on: Callable[[Tensor], Tensor],
+        buffer: ActivationBuffer,
+        micro_batch_rows: int,
+        ctx_len: int,
+        batch_tokens: int,
+        mesh: Mesh,
+    ):
+        self.rows, self.extract, self.trained_on = rows, extract, trained_on
+        self.buffer, self.mesh = buffer, mesh
+        self.micro_batch_rows, self.ctx_len, self.batch_tokens = micro_batch_rows, ctx_len, batch_tokens
+        self.seconds = 0.0
+        """Wall-clock time spent here, waiting for other ranks included."""
+        self.refilling = True
+        self._least_unread = 0  # of all ranks
+        self._exhausted = False
+
+    def fill(self, step: int, should_stop: Callable[[], bool]) -> bool:
+        """Make sure that every rank can `read` a batch; refill where one rank's buffer is half used.
+
+        Returns False where no further batch can be had: `should_stop` said so on some rank, or some rank's data has
+        ended. Raises UserError, naming the hookpoint and `step`, where activations are not finite.
+        """
+        if not self.refilling and self._least_unread >= max(self.buffer.capacity // 2, self.batch_tokens):
+            return True
+        start = time.perf_counter()
+        self.refilling = True
+        finite = torch.ones(len(self.buffer.storage), dtype=torch.bool, device=self.mesh.device)
+        stopped = self._gather(finite, should_stop)
+        self._refuse_non_finite(finite, step)
+        if not stopped:
+            self.buffer.shuffle()
+            self.refilling = False
+            self._least_unread = collectives.min_int(self.buffer.num_unread, self.mesh.control)
+        self.seconds += time.perf_counter() - start
+        return not stopped and self._least_unread >= self.batch_tokens
+
+    def read(self) -> dict[str, Tensor]:
+        """This rank's part of the next batch: `[batch_tokens, d_in]` of each hookpoint."""
+        self._least_unread -= self.batch_tokens
+        return self.buffer.read(self.batch_tokens)
+
+    def load(self, tensors: dict[str, Tensor], counters: dict[str, int], refilling: bool) -> None:
+        """Go on from a checkpoint's buffer; `refilling` says that it was stopped within a refill."""
+        self.buffer.load(tensors, counters)
+        self.refilling = refilling
+        self._least_unread = collectives.min_int(self.buffer.num_unread, self.mesh.control)
+
+    def _gather(self, finite: Tensor, should_stop: Callable[[], bool]) -> bool:
+        """Forwards until every rank's buffer is full or its data has ended. Returns whether it was stopped before."""
+        while True:
+            wants = not self._exhausted and self.buffer.num_waiting < self.buffer.capacity
+            any_wants, stop = collectives.max_ints([wants, should_stop()], self.mesh.control)
+            if stop or not any_wants:
+                return bool(stop)
+            rows = list(itertools.islice(self.rows, self.micro_batch_rows)) if wants else []
+            self._exhausted |= wants and len(rows) < self.micro_batch_rows
+            if rows:
+                self._harvest(torch.stack(rows), finite)
+            else:
+                self.extract(torch.zeros(1, self.ctx_len, dtype=torch.int64))
+
+    def _harvest(self, rows: Tensor, finite: Tensor) -> None:
+        """Run the LM on `rows` [rows, ctx_len], put what is trained on into the buffer, note what is not finite."""
+        keep = self.trained_on(rows).flatten().nonzero().squeeze(1)
+        kept = {}
+        for i, (name, values) in enumerate(self.extract(rows).items()):
+            kept[name] = values.flatten(0, 1)[keep.to(values.device)]
+            finite[i] &= torch.isfinite(kept[name]).all()
+        self.buffer.write(kept)
+
+    def _refuse_non_finite(self, finite: Tensor, step: int) -> None:
+        broken = collectives.max_ints([int(not ok) for ok in finite.tolist()], self.mesh.control)
+        for name, is_broken in zip(self.buffer.storage, broken, strict=True):
+            if is_broken:
+                raise UserError(
+                    f"non-finite activations at {name} before step {step}: the model overflows in this data type "
+                    "(try --lm.dtype bfloat16 or float32) or its weights are broken"
+                )

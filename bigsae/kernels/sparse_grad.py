@@ -1,0 +1,104 @@
+"""Gradients of latent-major weights from a step's selected latents: one sort, used for every matrix and bias."""
+
+import functools
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bigsae.kernels.dispatch import use_triton
+
+
+class LatentMajor:
+    """The selected (token, latent) pairs of a step in latent-major order, sorted once, when first asked for.
+
+    One object serves the encoder's and the decoder's gradients, the biases' and the counts. The sort is stable, so
+    the pairs of a latent stand in the order of their tokens and every sum has a fixed order: no atomics, the same
+    bits on every run.
+
+    Attributes:
+        top_indices: [batch, k] int64, each in 0..d_sae-1.
+        d_sae: the number of rows of what `rows` and `sums` return.
+    """
+
+    def __init__(self, top_indices: Tensor, d_sae: int) -> None:
+        if top_indices.dim() != 2 or top_indices.dtype != torch.int64:
+            raise ValueError(
+                f"top_indices must be int64 [batch, k], got {top_indices.dtype} {tuple(top_indices.shape)}"
+            )
+        self.top_indices = top_indices.detach()
+        self.d_sae = d_sae
+
+    @functools.cached_property
+    def _sorted(self) -> tuple[Tensor, Tensor]:
+        # int32 keys halve the passes of the radix sort; a latent index always fits.
+        return torch.sort(self.top_indices.flatten().int(), stable=True)
+
+    @property
+    def latents(self) -> Tensor:
+        """[batch * k] int32: the latent of each pair, ascending."""
+        return self._sorted[0]
+
+    @property
+    def order(self) -> Tensor:
+        """[batch * k] int64: where each pair of the sorted list stands in the flattened [batch, k]."""
+        return self._sorted[1]
+
+    @functools.cached_property
+    def tokens(self) -> Tensor:
+        """[batch * k] int64: the token of each pair of the sorted list."""
+        return self.order // max(self.top_indices.shape[1], 1)
+
+    @functools.cached_property
+    def crow(self) -> Tensor:
+        """[d_sae + 1] int64: the pairs of latent l are crow[l]..crow[l + 1] of the sorted list."""
+        bounds = torch.arange(self.d_sae + 1, dtype=torch.int32, device=self.top_indices.device)
+        # Not bincount: on CUDA that synchronises with the host, and adds by atomics.
+        return torch.searchsorted(self.latents, bounds)
+
+    @property
+    def counts(self) -> Tensor:
+        """[d_sae] int64: how many pairs each latent has. A clamped (zero) selected value counts as well."""
+        return self.crow.diff()
+
+    def rows(self, coefficients: Tensor, dense: Tensor, *, dtype: torch.dtype | None = None) -> Tensor:
+        """The gradient of a latent-major matrix.
+
+        Args:
+            coefficients: [batch, k], one for each selected latent.
+            dense: [batch, d_in].
+            dtype: of the result; by default the wider of the two inputs'.
+
+        Returns:
+            [d_sae, d_in]: out[l] = sum over (b, j) with top_indices[b, j] == l of coefficients[b, j] * dense[b],
+            accumulated in float32 (float64 for float64) in ascending order of (b, j). Unselected latents get zeros.
+
+        Raises:
+            ValueError: if the shapes do not fit top_indices.
+        """
+        if coefficients.shape != self.top_indices.shape or dense.shape[:1] != self.top_indices.shape[:1]:
+            raise ValueError(
+                f"coefficients {tuple(coefficients.shape)} and dense {tuple(dense.shape)} do not fit top_indices "
+                f"{tuple(self.top_indices.shape)}"
+            )
+        dtype = dtype or torch.promote_types(coefficients.dtype, dense.dtype)
+        if use_triton(coefficients, dense):
+            from bigsae.kernels import sparse_grad_triton
+
+            return sparse_grad_triton.latent_rows(self, coefficients, dense, dtype)
+        # A bag per latent. Of the stock ops this is the fastest: half the time of a CSR matmul by MKL.
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        bags = F.embedding_bag(
+            self.tokens,
+            dense.to(wide),
+            self.crow,
+            mode="sum",
+            per_sample_weights=coefficients.flatten()[self.order].to(wide),
+            include_last_offset=True,
+        )
+        return bags.to(dtype)
+
+    def sums(self, coefficients: Tensor, *, dtype: torch.dtype | None = None) -> Tensor:
+        """[d_sae]: the sum of each latent's coefficients ([batch, k]); a bias gradient. See `rows`."""
+        ones = coefficients.new_ones(coefficients.shape[0], 1)
+        return self.rows(coefficients, ones, dtype=dtype).squeeze(1)

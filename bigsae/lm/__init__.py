@@ -1,0 +1,1 @@
+"""The language model: hookpoint names, sharded and truncated loading, activations."""

@@ -1,0 +1,79 @@
+"""Which latents fire, over all ranks: the dead mask, and the firing frequencies that are exported."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from bigsae.parallel import collectives
+
+
+class FiringStatistics:
+    """Firing of each of `d_sae` latents. A latent fires on a token if it is selected there with a value > 0.
+
+    A latent is dead when it has not fired for `dead_after_tokens` tokens of all ranks together. The frequencies are
+    those of the last whole window of as many tokens, or of the present one while there is no whole one yet.
+    """
+
+    def __init__(self, d_sae: int, dead_after_tokens: int, device: torch.device, group: ProcessGroup | None):
+        self.dead_after_tokens = dead_after_tokens
+        self.group = group
+        self.num_tokens_since_fired = torch.zeros(d_sae, dtype=torch.int64, device=device)
+        self.window_counts = torch.zeros(d_sae, dtype=torch.int64, device=device)
+        self.last_window_counts = torch.zeros(d_sae, dtype=torch.int64, device=device)
+        self.num_window_tokens = 0
+        self.num_last_window_tokens = 0
+        self.num_tokens = 0
+
+    def update(self, counts: Tensor, num_tokens: int) -> None:
+        """Take in one step: `counts` [d_sae] of this rank's tokens, `num_tokens` of all ranks together."""
+        counts = collectives.sum_(counts.to(torch.int64), self.group)
+        self.num_tokens_since_fired += num_tokens
+        self.num_tokens_since_fired.masked_fill_(counts > 0, 0)
+        if self.num_window_tokens >= self.dead_after_tokens:
+            self.last_window_counts, self.num_last_window_tokens = self.window_counts, self.num_window_tokens
+            self.window_counts, self.num_window_tokens = torch.zeros_like(counts), 0
+        self.window_counts += counts
+        self.num_window_tokens += num_tokens
+        self.num_tokens += num_tokens
+
+    @property
+    def can_be_dead(self) -> bool:
+        """Whether enough tokens were seen for any latent to be dead; known without asking the device."""
+        return self.num_tokens >= self.dead_after_tokens
+
+    def dead_mask(self) -> Tensor:
+        """Bool `[d_sae]`, the same on every rank."""
+        return self.num_tokens_since_fired >= self.dead_after_tokens
+
+    def frequencies(self) -> Tensor:
+        """Share of tokens on which each latent fires, float32 `[d_sae]`."""
+        whole = self.num_last_window_tokens > 0
+        counts = self.last_window_counts if whole else self.window_counts
+        num_tokens = self.num_last_window_tokens if whole else self.num_window_tokens
+        return (counts.double() / max(num_tokens, 1)).float()
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What a checkpoint keeps, apart from `counters`."""
+        return {
+            "num_tokens_since_fired": self.num_tokens_since_fired,
+            "window_counts": self.window_counts,
+            "last_window_counts": self.last_window_counts,
+        }
+
+    def counters(self) -> dict[str, int]:
+        """The host's counts that a checkpoint keeps."""
+        return {
+            "num_window_tokens": self.num_window_tokens,
+            "num_last_window_tokens": self.num_last_window_tokens,
+            "num_tokens": self.num_tokens,
+        }
+
+    def load_counters(self, counters: dict[str, Any]) -> None:
+        """Take back what `counters` gave."""
+        self.num_window_tokens = counters["num_window_tokens"]
+        self.num_last_window_tokens = counters["num_last_window_tokens"]
+        self.num_tokens = counters["num_tokens"]

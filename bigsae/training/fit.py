@@ -1,0 +1,77 @@
+"""Training on activations that are already there: no language model, same step."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections.abc import Iterable, Iterator, Sized
+
+import torch
+from torch import Tensor
+
+from bigsae.config import OptimConfig, SAEConfig, UserError, check_optim, check_sae
+from bigsae.parallel.mesh import Mesh, build_mesh
+from bigsae.sae.base import SAE
+from bigsae.training.trainer import SAETrainer
+
+logger = logging.getLogger("bigsae")
+
+
+def fit(
+    batches: Iterable[Tensor],
+    sae: SAEConfig | None = None,
+    optim: OptimConfig | None = None,
+    *,
+    seed: int = 0,
+    num_steps: int | None = None,
+) -> SAE:
+    """Train an SAE on `batches`: global [batch, d_in] tensors, the same ones on every rank of the process group.
+
+    Each rank trains on its own rows of a batch, so the result does not depend on the number of ranks. The learning
+    rate's schedule needs the number of batches: `num_steps`, or `len(batches)` where it has one; else nothing decays.
+    Returns the SAE in the scale of the activations. Raises UserError for configurations and batches that don't fit.
+    """
+    sae, optim = sae or SAEConfig(), optim or OptimConfig()
+    check_sae(sae)
+    check_optim(optim)
+    return fit_trainer(batches, sae, optim, seed=seed, num_steps=num_steps).folded()
+
+
+def fit_trainer(
+    batches: Iterable[Tensor], sae: SAEConfig, optim: OptimConfig, *, seed: int, num_steps: int | None
+) -> SAETrainer:
+    """As `fit`, but returns the trainer: weights in the trained scale, optimiser and statistics with them."""
+    if num_steps is None and isinstance(batches, Sized):
+        num_steps = len(batches)
+    if num_steps is None:
+        logger.warning(
+            "fit: the number of batches is not known, so the learning rate will not decay: pass num_steps"
+        )
+    mesh = build_mesh()
+    parts = (_own_part(batch, mesh) for batch in batches)
+    first: list[Tensor] = list(_first_parts(parts, sae.init_tokens, mesh.num_ranks))
+    if not first:
+        raise UserError("fit: batches is empty: give at least one [batch, d_in] tensor")
+    trainer = SAETrainer(sae, optim, first[0].shape[1], num_steps, seed, mesh)
+    trainer.initialise(torch.cat(first).to(mesh.device))
+    for part in itertools.chain(first, parts):
+        trainer.train_step(part)
+    return trainer
+
+
+def _first_parts(parts: Iterator[Tensor], num_tokens: int, num_ranks: int) -> Iterator[Tensor]:
+    """Parts of the first batches that hold `num_tokens` tokens over all ranks: the same batches on every rank."""
+    while num_tokens > 0 and (part := next(parts, None)) is not None:
+        num_tokens -= len(part) * num_ranks
+        yield part
+
+
+def _own_part(batch: Tensor, mesh: Mesh) -> Tensor:
+    """This rank's rows of a global batch [batch, d_in]."""
+    if batch.ndim != 2 or len(batch) % mesh.num_ranks:
+        raise UserError(
+            f"fit: a batch of shape {tuple(batch.shape)} cannot be cut into {mesh.num_ranks} equal parts: "
+            "give [batch, d_in] tensors whose batch is a multiple of the number of ranks"
+        )
+    size = len(batch) // mesh.num_ranks
+    return batch[mesh.rank * size : (mesh.rank + 1) * size]

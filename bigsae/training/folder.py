@@ -1,0 +1,51 @@
+"""The run's folder: its configuration, its status, and whether a command may use it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from bigsae.config import TrainConfig, UserError, read_config, to_dict
+from bigsae.hub.files import write_json
+
+# What a resumed run may change: nothing here changes what is computed.
+_MAY_CHANGE = {"output_dir", "resume", "log_every", "lm.shard_size", "lm.replicate_size", "buffer.device"}
+_MAY_CHANGE_UNDER = {"checkpoint", "wandb", "eval"}
+
+
+def check_folder(config: TrainConfig) -> None:
+    """Refuse an output folder that holds a run which this command neither is nor continues. Raises UserError."""
+    written = Path(config.output_dir) / "config.json"
+    if not written.exists():
+        return
+    if not config.resume:
+        raise UserError(
+            f"--output-dir {config.output_dir} already holds a run: go on with --resume, or give another folder"
+        )
+    before, now = _flat(to_dict(read_config(written))), _flat(to_dict(config))
+    for name, value in now.items():
+        if before[name] != value and name not in _MAY_CHANGE and name.split(".")[0] not in _MAY_CHANGE_UNDER:
+            flag = "--" + name.replace("_", "-")
+            raise UserError(
+                f"--resume: {flag} is {value!r}, the run in {config.output_dir} has {before[name]!r}: "
+                f"give the same {flag}, or another --output-dir"
+            )
+
+
+def write_config(config: TrainConfig) -> None:
+    """Write the run's configuration to its folder, where `--config` reads it back."""
+    write_json(Path(config.output_dir) / "config.json", to_dict(config))
+
+
+def write_status(config: TrainConfig, status: str, step: int, reason: str) -> None:
+    """Write status.json: running, finished, preempted or failed, at which step, and why."""
+    tokens = step * config.batch_size_tokens
+    values = {"status": status, "reason": reason, "step": step, "tokens": tokens}
+    write_json(Path(config.output_dir) / "status.json", values)
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for name, value in values.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return flat

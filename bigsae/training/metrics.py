@@ -1,0 +1,98 @@
+"""What is logged: sums between two logs, reduced over ranks, and the files and trackers they go to."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from bigsae.parallel import collectives
+from bigsae.sae.losses import Moments, StepOutput
+
+# Places of the rank-local sums in WindowSums.local
+_SQUARED_ERROR, _NUM_ACTIVE, _LOSS, _AUXK_LOSS = range(4)
+
+
+class WindowSums:
+    """Sums since the last log, in float64 on the device; they leave it once a log."""
+
+    def __init__(self, d_in: int, device: torch.device):
+        self.total = torch.zeros(d_in, dtype=torch.float64, device=device)
+        self.squares = torch.zeros((), dtype=torch.float64, device=device)
+        self.grad_norm = torch.zeros((), dtype=torch.float64, device=device)
+        self.num_skipped = torch.zeros((), dtype=torch.float64, device=device)
+        self.local = torch.zeros(4, dtype=torch.float64, device=device)
+        self.num_tokens = 0
+        self.num_steps = 0
+
+    def add(self, moments: Moments, output: StepOutput, grad_norm: Tensor, skipped: Tensor) -> None:
+        """Take in one step."""
+        self.total += moments.total
+        self.squares += moments.squares
+        self.grad_norm += grad_norm
+        self.num_skipped += skipped
+        parts = (output.squared_error, output.num_active, output.loss, output.auxk_loss)
+        self.local += torch.stack([part.detach().double() for part in parts])
+        self.num_tokens += moments.num_tokens
+        self.num_steps += 1
+
+    def read(self, group: ProcessGroup | None) -> dict[str, float]:
+        """Means over the window, the same on every rank.
+
+        fvu = Σ‖x − x̂‖² / Σ‖x − x̄‖² over all tokens of the window, x̄ their mean.
+        """
+        sums = collectives.sum_(self.local.clone(), group).tolist()
+        variance = Moments(self.num_tokens, self.total, self.squares).variance().item()
+        return {
+            "loss": sums[_LOSS] / self.num_steps,
+            "fvu": sums[_SQUARED_ERROR] / variance,
+            "l0": sums[_NUM_ACTIVE] / self.num_tokens,
+            "auxk_loss": sums[_AUXK_LOSS] / self.num_steps,
+            "grad_norm": self.grad_norm.item() / self.num_steps,
+            "num_skipped_steps": self.num_skipped.item(),
+        }
+
+    def clear(self) -> None:
+        """Begin a new window."""
+        for tensor in (self.total, self.squares, self.grad_norm, self.num_skipped, self.local):
+            tensor.zero_()
+        self.num_tokens = self.num_steps = 0
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The sums that are the same on every rank, for a checkpoint."""
+        return {
+            "total": self.total,
+            "squares": self.squares,
+            "grad_norm": self.grad_norm,
+            "num_skipped": self.num_skipped,
+        }
+
+
+class MetricsFile:
+    """metrics.jsonl: one row a log and hookpoint, appended and flushed at once."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def truncate_after(self, step: int) -> None:
+        """Drop the rows of later steps: a resumed run writes them anew."""
+        if not self.path.exists():
+            return
+        rows = [line for line in self.path.read_text().splitlines() if _step_of(line) <= step]
+        self.path.write_text("".join(f"{row}\n" for row in rows))
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Append one row."""
+        with self.path.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+def _step_of(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except ValueError:
+        return float("inf")  # the torn last line of a killed run

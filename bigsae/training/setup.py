@@ -1,0 +1,184 @@
+"""Builds a run from its configuration: what can be wrong is found before any weights are read."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from datetime import timedelta
+from importlib.metadata import version
+from typing import Any
+
+import datasets
+import torch
+from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs
+from torch import Tensor
+from transformers.utils.logging import disable_progress_bar
+
+from bigsae import config as cfg
+from bigsae.config import TrainConfig, UserError, WandbConfig
+from bigsae.data import tokens
+from bigsae.data.buffer import ActivationBuffer
+from bigsae.data.harvest import Harvest
+from bigsae.kernels.dispatch import backend
+from bigsae.lm.activations import Extractor
+from bigsae.lm.hookpoints import Site, locate, resolve_hookpoints
+from bigsae.lm.loading import LMLayout, load_lm, local_bytes, meta_model, resolve_layout, vocab_size
+from bigsae.parallel import collectives
+from bigsae.parallel.mesh import Mesh, build_mesh
+from bigsae.training import folder
+from bigsae.training.loop import Run, resume
+from bigsae.training.signals import StopSignal
+from bigsae.training.trainer import SAETrainer
+
+logger = logging.getLogger("bigsae")
+
+# Loading a large model from a slow disk keeps other ranks waiting for a while.
+_TIMEOUT = timedelta(minutes=30)
+
+
+def prepare(config: TrainConfig, stop: StopSignal) -> tuple[Run, Callable[[], None]]:
+    """The run that `config` describes, resumed where it asks for that, and a function that closes it."""
+    accelerator = _accelerator(config.wandb)
+    mesh = build_mesh()
+    if not mesh.is_main:
+        datasets.disable_progress_bars()
+        disable_progress_bar()
+    cfg.check(config, mesh.num_ranks)
+    folder.check_folder(config)
+    layout = resolve_layout(config.lm, mesh.num_ranks, mesh.num_local_ranks)
+    meta, lm_config = meta_model(config.model, config.lm)
+    sites = locate(meta, resolve_hookpoints(config.hookpoints, meta))
+    for site in sites:
+        cfg.resolve_d_sae(config.sae, site.d_in)
+    tokenizer = tokens.load_tokenizer(config.model, config.lm.revision, config.lm.trust_remote_code)
+    tokens.check_vocabulary(tokenizer, vocab_size(lm_config))
+    source = tokens.open_dataset(config.dataset, config.data)
+    rows = tokens.TokenRows(
+        source, tokenizer, config.ctx_len, config.data, config.seed, mesh.rank, mesh.num_ranks
+    )
+    heldout = _heldout(config, source, tokenizer, mesh)
+    collectives.barrier(mesh.control)  # whatever a rank can find wrong, it has found before weights are read
+
+    model = load_lm(config.model, config.lm, meta, layout, mesh.device, sites)
+    harvest = _harvest(config, sites, rows, Extractor(model, sites), tokenizer, mesh)
+    trainers = {
+        site.name: SAETrainer(config.sae, config.optim, site.d_in, config.num_steps, config.seed, mesh)
+        for site in sites
+    }
+    run = Run(
+        config,
+        mesh,
+        harvest,
+        rows,
+        heldout,
+        trainers,
+        _metadata(config, tokenizer),
+        _tracker(accelerator, config),
+        stop,
+    )
+    _announce(run, layout, local_bytes(model))
+    if config.resume:
+        resume(run)
+    if mesh.is_main and not run.finished:
+        folder.write_config(config)
+        folder.write_status(config, "running", run.step, "")
+
+    def close() -> None:
+        rows.close()
+        accelerator.end_training()
+
+    return run, close
+
+
+def _accelerator(wandb: WandbConfig) -> Accelerator:
+    return Accelerator(
+        cpu=not torch.cuda.is_available(),
+        log_with="wandb" if wandb.project else None,
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=_TIMEOUT)],
+    )
+
+
+def _tracker(accelerator: Accelerator, config: TrainConfig) -> Callable[[dict[str, float], int], None]:
+    """Where metrics go beside metrics.jsonl; nowhere without --wandb.project."""
+    wandb = config.wandb
+    if wandb.project is None:
+        return lambda values, step: None
+    accelerator.init_trackers(
+        wandb.project,
+        config=cfg.to_dict(config),
+        init_kwargs={"wandb": {"name": wandb.name, "entity": wandb.entity, "dir": config.output_dir}},
+    )
+    return lambda values, step: accelerator.log(values, step=step)
+
+
+def _heldout(config: TrainConfig, source: Any, tokenizer: Any, mesh: Mesh) -> Tensor | None:
+    """Rows of the documents that are never trained on, as many as every rank can have its equal part of."""
+    if not config.data.heldout_documents:
+        return None
+    rows = tokens.heldout_rows(source, tokenizer, config.ctx_len, config.data, config.seed, config.eval.rows)
+    usable = len(rows) // mesh.num_ranks * mesh.num_ranks
+    if not usable:
+        raise UserError(
+            f"--data.heldout-documents {config.data.heldout_documents} gives {len(rows)} rows for {mesh.num_ranks} "
+            "ranks: raise it, or --eval.rows"
+        )
+    return rows[:usable]
+
+
+def _harvest(
+    config: TrainConfig,
+    sites: tuple[Site, ...],
+    rows: tokens.TokenRows,
+    extract: Extractor,
+    tokenizer: Any,
+    mesh: Mesh,
+) -> Harvest:
+    on_cpu = config.buffer.device == "cpu"
+    buffer = ActivationBuffer(
+        {site.name: site.d_in for site in sites},
+        capacity=config.buffer.tokens,
+        headroom=config.lm.micro_batch_rows * config.ctx_len,
+        dtype=getattr(torch, config.buffer.dtype),
+        device=torch.device("cpu") if on_cpu else mesh.device,
+        seed=config.seed,
+        rank=mesh.rank,
+    )
+    special_ids = tokenizer.all_special_ids if tokenizer is not None else []
+    return Harvest(
+        iter(rows),
+        extract,
+        lambda ids: tokens.token_mask(ids, special_ids, config.data),
+        buffer,
+        config.lm.micro_batch_rows,
+        config.ctx_len,
+        config.batch_size_tokens // mesh.num_ranks,
+        mesh,
+    )
+
+
+def _metadata(config: TrainConfig, tokenizer: Any) -> dict[str, Any]:
+    """What an exported SAE says of its origin, in SAELens's terms."""
+    return {
+        "bigsae_version": version("bigsae"),
+        "model_name": config.model,
+        "model_class_name": "AutoModelForCausalLM",
+        "dataset_path": config.dataset,
+        "context_size": config.ctx_len,
+        "prepend_bos": tokenizer is not None and tokenizer.bos_token_id is not None,
+    }
+
+
+def _announce(run: Run, layout: LMLayout, lm_bytes: int) -> None:
+    """What this run got: ranks, device, LM layout, SAE mesh, kernels, bytes per rank."""
+    mesh = run.mesh
+    sae_bytes = sum(
+        t.numel() * t.element_size() for trainer in run.trainers.values() for t in trainer.tensors().values()
+    )
+    mib = [f"{n / 2**20:,.0f} MiB" for n in (lm_bytes, sae_bytes, run.harvest.buffer.num_bytes())]
+    widths = {(t.sae.d_in, t.sae.d_sae) for t in run.trainers.values()}
+    logger.info("%d ranks on %s, language model %s, kernels %s", mesh.num_ranks, mesh.device.type, layout,
+                backend(mesh.device))  # fmt: skip
+    logger.info("SAEs (data %d): %s of %s", mesh.num_ranks, " ".join(run.trainers),
+                ", ".join(f"{d_in} x {d_sae}" for d_in, d_sae in sorted(widths)))  # fmt: skip
+    logger.info("bytes per rank: language model %s, SAE weights, moments and statistics %s, buffer %s", *mib)

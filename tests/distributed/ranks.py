@@ -1,0 +1,41 @@
+"""Run a function on several gloo ranks of this machine and collect what each returns."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+
+def _rank_main(rank: int, num_ranks: int, folder: str, function: Callable, arguments: tuple) -> None:
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(num_ranks), LOCAL_WORLD_SIZE=str(num_ranks),
+        MASTER_ADDR="127.0.0.1", MASTER_PORT="0",
+    )  # fmt: skip
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=num_ranks)
+    try:
+        torch.save(function(*arguments), f"{folder}/result_{rank}.pt")
+    except BaseException:
+        Path(folder, f"error_{rank}").write_text(traceback.format_exc())
+        raise
+    finally:
+        dist.destroy_process_group()
+
+
+def run_ranks(num_ranks: int, function: Callable, *arguments: Any) -> list[Any]:
+    """What the module-level `function(*arguments)` returns on each of `num_ranks` gloo ranks, each with one thread."""
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            mp.spawn(_rank_main, (num_ranks, folder, function, arguments), nprocs=num_ranks)  # pyright: ignore[reportPrivateImportUsage]
+        except Exception as error:
+            texts = [p.read_text() for p in sorted(Path(folder).glob("error_*"))]
+            raise AssertionError("\n".join(texts) or str(error)) from None
+        return [torch.load(f"{folder}/result_{rank}.pt", weights_only=False) for rank in range(num_ranks)]

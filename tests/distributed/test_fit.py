@@ -1,0 +1,90 @@
+"""The same global batches give the same SAE on one rank and on several."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from bigsae import OptimConfig, SAEConfig
+from bigsae.training.fit import fit_trainer
+from tests.distributed.ranks import run_ranks
+
+D_IN, BATCH, STEPS = 24, 128, 20
+# Adam turns rounding into whole steps where a gradient's terms cancel (|g| near eps): weights agree to about lr / 300.
+OPTIM = OptimConfig(lr=3e-4, warmup_steps=5)
+
+
+def make_batches(rounded: bool = False) -> list[Tensor]:
+    """Sparse mixtures about a long mean; `rounded` to bf16, where ties are routine."""
+    generator = torch.Generator().manual_seed(0)
+    directions = torch.randn(60, D_IN, generator=generator)
+    batches = []
+    for _ in range(STEPS):
+        strengths = torch.rand(BATCH, 60, generator=generator) * (
+            torch.rand(BATCH, 60, generator=generator) < 0.1
+        )
+        x = 4 * strengths @ directions + 5
+        batches.append(x.bfloat16().float() if rounded else x)
+    return batches
+
+
+def config(**options) -> SAEConfig:
+    return SAEConfig(k=4, d_sae=384, init_tokens=2 * BATCH, **options)
+
+
+def train(sae: SAEConfig, rounded: bool) -> dict:
+    """Everything about a finished training that must not depend on the number of ranks."""
+    trainer = fit_trainer(make_batches(rounded), sae, OPTIM, seed=0, num_steps=None)
+    metrics = trainer.read_metrics()
+    return {
+        "weights": {name: p.detach() for name, p in trainer.sae.named_parameters()},
+        "adam": {n: trainer.adam.state[p]["exp_avg"] for n, p in trainer.sae.named_parameters()},
+        "scale": trainer.scale,
+        "num_tokens_since_fired": trainer.firing.num_tokens_since_fired,
+        "frequencies": trainer.firing.frequencies(),
+        "metrics": metrics,
+    }
+
+
+def assert_same(ours: dict, theirs: dict) -> None:
+    for name in ours["weights"]:
+        torch.testing.assert_close(
+            ours["weights"][name], theirs["weights"][name], rtol=0, atol=1e-6, msg=name
+        )
+        torch.testing.assert_close(ours["adam"][name], theirs["adam"][name], rtol=1e-4, atol=1e-6, msg=name)
+    assert ours["scale"] == pytest.approx(theirs["scale"], rel=1e-12)
+    assert torch.equal(ours["num_tokens_since_fired"], theirs["num_tokens_since_fired"])
+    assert torch.equal(ours["frequencies"], theirs["frequencies"])
+    assert ours["metrics"] == pytest.approx(theirs["metrics"], rel=1e-5)
+
+
+@pytest.mark.parametrize("num_ranks", [2, 4])
+def test_same_weights_with_dead_latents_and_auxk(num_ranks):
+    # A latent is dead after two batches of *global* tokens: ranks counting their own would see none in time.
+    sae = config(dead_after_tokens=2 * BATCH)
+    alone = train(sae, False)
+    assert alone["metrics"]["dead_fraction"] > 0.05
+    assert alone["metrics"]["auxk_loss"] > 0
+    for result in run_ranks(num_ranks, train, sae, False):
+        assert_same(alone, result)
+
+
+def test_same_weights_with_ties():
+    sae = config(dead_after_tokens=4 * BATCH)
+    alone = train(sae, True)
+    for result in run_ranks(2, train, sae, True):
+        assert_same(alone, result)
+
+
+def dead_after(num_tokens: int) -> float:
+    """Dead fraction after a training in which latents die after `num_tokens` tokens."""
+    trainer = fit_trainer(make_batches(), config(dead_after_tokens=num_tokens), OPTIM, seed=0, num_steps=None)
+    return trainer.read_metrics()["dead_fraction"]
+
+
+def test_dead_counts_tokens_of_all_ranks():
+    """Just as many tokens as all ranks saw together: nothing could be dead if ranks counted their own alone."""
+    total = STEPS * BATCH
+    assert all(fraction > 0 for fraction in run_ranks(2, dead_after, total // 2 + 1))
+    assert run_ranks(2, dead_after, total + 1) == [0.0, 0.0]

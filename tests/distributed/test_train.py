@@ -1,0 +1,170 @@
+"""The whole command on two ranks with a sharded LM, and what interrupts it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.launch import ONE_RANK, TWO_RANKS, checkpoint_tensors, flags, metrics, run, start, write_corpus
+from tests.models import tiny_llama
+
+HOOKPOINTS = ("model.layers.2.mlp", "model.layers.1")
+NUM_STEPS = 300
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("train")
+    tiny_llama(folder / "lm")
+    write_corpus(folder / "corpus.jsonl")
+    return folder
+
+
+def options(home: Path, out: Path, **more: Any) -> list[str]:
+    base = {
+        "model": home / "lm", "dataset": home / "corpus.jsonl", "output_dir": out, "hookpoints": HOOKPOINTS,
+        "tokens": NUM_STEPS * 128, "batch_size_tokens": 128, "ctx_len": 32, "log_every": 7,
+        "seed": 3, "optim__lr": 1e-3,
+        "sae__k": 4, "sae__d_sae": 256, "sae__dead_after_tokens": 1000, "sae__init_tokens": 512,
+        "lm__dtype": "float32", "lm__micro_batch_rows": 4, "buffer__tokens": 512, "buffer__dtype": "float32",
+        "data__heldout_documents": 3, "data__num_shards": 8, "eval__every": 100, "eval__rows": 16,
+        "checkpoint__every": 100, "checkpoint__keep": 0,
+    }  # fmt: skip
+    return flags(**(base | more))
+
+
+def succeed(command: tuple[str, ...], arguments: list[str]) -> str:
+    code, output = run(command, arguments)
+    assert code == 0, output
+    return output
+
+
+@pytest.fixture(scope="module")
+def sharded(home) -> Path:
+    """The straight run: two ranks, the LM sharded over them."""
+    output = succeed(TWO_RANKS, options(home, home / "sharded", lm__shard_size=2))
+    assert "2 ranks on cpu, language model fsdp (flags), kernels torch" in output
+    return home / "sharded"
+
+
+def assert_same_run(ours: Path, theirs: Path, scratch: Path) -> None:
+    """Weights, optimiser, statistics, buffers, cursors, generators and logged numbers, bit for bit."""
+    assert metrics(ours) == metrics(theirs)
+    final = f"checkpoints/step_{NUM_STEPS}"
+    tensors = [checkpoint_tensors(run / final, scratch / f"{i}.pt") for i, run in enumerate((ours, theirs))]
+    assert tensors[0].keys() == tensors[1].keys()
+    assert any("rank_" in name and "buffer" in name for name in tensors[0])
+    for name, tensor in tensors[0].items():
+        assert torch.equal(tensor, tensors[1][name]), name
+    for path in sorted((ours / final).glob("*.json")):
+        assert path.read_text() == (theirs / final / path.name).read_text()
+    for hookpoint in HOOKPOINTS:
+        for file in ("sae_weights.safetensors", "sparsity.safetensors", "cfg.json"):
+            assert (ours / hookpoint / file).read_bytes() == (theirs / hookpoint / file).read_bytes()
+
+
+def test_a_finished_run(sharded):
+    rows = metrics(sharded)
+    trained = [row for row in rows if "fvu" in row]
+    assert {row["hookpoint"] for row in rows} == set(HOOKPOINTS)
+    assert [row["step"] for row in trained if row["hookpoint"] == HOOKPOINTS[1]] == [*range(7, 300, 7), 300]
+    for name in HOOKPOINTS:
+        own = [row for row in trained if row["hookpoint"] == name]
+        assert own[-1]["fvu"] < 0.6 * own[0]["fvu"]
+        assert any(row["dead_fraction"] > 0 and row["auxk_loss"] > 0 for row in own)
+        assert 0 < own[-1]["l0"] <= 4
+        heldout = [row for row in rows if row["hookpoint"] == name and "heldout_fvu" in row]
+        assert [row["step"] for row in heldout] == [100, 200, 300]
+        assert heldout[-1]["heldout_fvu"] == pytest.approx(own[-1]["fvu"], rel=0.5)
+    status = json.loads((sharded / "status.json").read_text())
+    assert status == {"status": "finished", "reason": "all tokens trained", "step": 300, "tokens": 300 * 128}
+    assert sorted(p.name for p in (sharded / "checkpoints").iterdir()) == ["step_100", "step_200", "step_300"]
+
+
+def test_replicated_lm_gives_the_same_numbers(home, sharded):
+    succeed(TWO_RANKS, options(home, home / "replicated"))
+    ours, theirs = metrics(sharded), metrics(home / "replicated")
+    assert len(ours) == len(theirs)
+    for row, other in zip(ours, theirs, strict=True):
+        assert row.pop("hookpoint") == other.pop("hookpoint")
+        assert row == pytest.approx(other, rel=1e-5)
+
+
+def test_resume_is_bit_for_bit(home, sharded, tmp_path):
+    """Interrupted after 100 of 300 steps: as if the machine had gone down within the next checkpoint."""
+    resumed = tmp_path / "resumed"
+    shutil.copytree(sharded, resumed)
+    for gone in (*HOOKPOINTS, "checkpoints/step_300"):
+        shutil.rmtree(resumed / gone)
+    (resumed / "checkpoints/step_200/COMPLETE").unlink()
+    with (resumed / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 1')  # torn
+    output = succeed(TWO_RANKS, options(home, resumed, lm__shard_size=2, resume=True))
+    assert "step_100 at step 100" in output
+    assert_same_run(sharded, resumed, tmp_path)
+
+
+def wait_for_rows(folder: Path, num_rows: int, process: Any) -> None:
+    deadline = time.monotonic() + 120
+    while not (folder / "metrics.jsonl").exists() or len(metrics(folder)) < num_rows:
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_sigterm_saves_and_resume_goes_on(home, sharded, tmp_path):
+    out = tmp_path / "stopped"
+    arguments = options(home, out, lm__shard_size=2)
+    process = start(TWO_RANKS, arguments)
+    wait_for_rows(out, 6, process)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=30)
+    assert process.returncode != 0
+    status = json.loads((out / "status.json").read_text())
+    assert status["status"] == "preempted", output
+    assert 0 < status["step"] < NUM_STEPS
+    assert (out / f"checkpoints/step_{status['step']}/COMPLETE").exists()
+    succeed(TWO_RANKS, [*arguments, "--resume"])
+    assert_same_run(sharded, out, tmp_path)
+
+
+def test_sigint_on_one_process(home, tmp_path):
+    arguments = options(home, tmp_path / "straight")
+    succeed(ONE_RANK, arguments)
+    out = tmp_path / "stopped"
+    arguments = options(home, out)
+    process = start(ONE_RANK, arguments)
+    wait_for_rows(out, 6, process)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=30)
+    assert process.returncode == 128 + signal.SIGINT, output
+    assert "Traceback" not in output
+    assert json.loads((out / "status.json").read_text())["status"] == "preempted"
+    succeed(ONE_RANK, [*arguments, "--resume"])
+    assert_same_run(tmp_path / "straight", out, tmp_path)
+
+
+def test_a_finished_run_resumes_to_nothing(home, sharded):
+    before = (
+        (sharded / "metrics.jsonl").read_bytes(),
+        load_file(sharded / HOOKPOINTS[0] / "sae_weights.safetensors"),
+    )
+    output = succeed(TWO_RANKS, options(home, sharded, lm__shard_size=2, resume=True))
+    assert "is finished" in output
+    assert (sharded / "metrics.jsonl").read_bytes() == before[0]
+    assert json.loads((sharded / "status.json").read_text())["status"] == "finished"
+
+
+def test_errors_under_the_launcher_are_printed_once(home, tmp_path):
+    code, output = run(TWO_RANKS, options(home, tmp_path / "out", sae__k=1000))
+    assert code != 0
+    assert output.count("--sae.k 1000 exceeds d_sae 256") == 1
+    assert not (tmp_path / "out").exists()

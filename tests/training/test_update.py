@@ -1,0 +1,113 @@
+"""The update after the gradients: order, projection, clip, mask, schedule, statistics, starting values."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from bigsae.config import OptimConfig, SAEConfig
+from bigsae.training.firing import FiringStatistics
+from bigsae.training.fit import fit_trainer
+from bigsae.training.initialise import activation_scale, decoder_bias
+from bigsae.training.optim import adam_step, build_adam, gradient_norm, project_rows_, renormalise_rows_
+from bigsae.training.schedule import lr_schedule
+
+CPU = torch.device("cpu")
+
+
+def test_projection_leaves_nothing_along_the_rows():
+    rows = torch.nn.functional.normalize(torch.randn(5, 7), dim=1)
+    gradient = torch.randn(5, 7)
+    before = gradient.clone()
+    project_rows_(gradient, rows)
+    assert (gradient * rows).sum(1).abs().max() < 1e-6
+    rejected = before - gradient
+    torch.testing.assert_close(rejected, (rejected * rows).sum(1, keepdim=True) * rows)
+
+
+def test_clip_and_mask_equal_torch():
+    """Clipping by the fused kernel's grad_scale is clip_grad_norm_; a norm that is no number changes nothing."""
+    optim = OptimConfig(lr=0.1)
+    ours, theirs = (torch.nn.Parameter(torch.ones(3, 4)) for _ in range(2))
+    adam, plain = build_adam([ours], optim), torch.optim.Adam([theirs], lr=0.1, eps=1e-8)
+    for step in range(3):
+        gradient = torch.randn(3, 4, generator=torch.Generator().manual_seed(step)) * 10
+        ours.grad, theirs.grad = gradient.clone(), gradient.clone()
+        torch.nn.utils.clip_grad_norm_([theirs], 1.0)
+        plain.step()
+        assert adam_step(adam, 0.1, gradient_norm([ours.grad]), grad_clip=1.0) == 0
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7)
+    before, state = ours.detach().clone(), {k: v.clone() for k, v in adam.state[ours].items()}
+    ours.grad = torch.full((3, 4), torch.nan)
+    assert adam_step(adam, 0.1, gradient_norm([ours.grad]), grad_clip=1.0) == 1
+    assert torch.equal(ours, before)
+    assert all(torch.equal(adam.state[ours][key], value) for key, value in state.items())
+
+
+def test_small_gradients_are_not_scaled_up():
+    parameter = torch.nn.Parameter(torch.zeros(2))
+    adam = build_adam([parameter], OptimConfig(eps=1.0))
+    parameter.grad = torch.tensor([0.01, 0.0])
+    adam_step(adam, 0.1, gradient_norm([parameter.grad]), grad_clip=1.0)
+    torch.testing.assert_close(adam.state[parameter]["exp_avg"], torch.tensor([0.001, 0.0]))
+
+
+def test_decoder_stays_at_unit_norm():
+    batches = [torch.randn(64, 16, generator=torch.Generator().manual_seed(i)) for i in range(5)]
+    trainer = fit_trainer(batches, SAEConfig(k=3, d_sae=40), OptimConfig(lr=0.01), seed=0, num_steps=None)
+    torch.testing.assert_close(trainer.sae.W_dec.norm(dim=1), torch.ones(40))
+    free = SAEConfig(k=3, d_sae=40, normalize_decoder=False)
+    trainer = fit_trainer(batches, free, OptimConfig(lr=0.01), seed=0, num_steps=None)
+    assert (trainer.sae.W_dec.norm(dim=1) - 1).abs().max() > 1e-3
+
+
+def test_renormalise():
+    rows = torch.randn(5, 3)
+    unit = rows / rows.norm(dim=1, keepdim=True)
+    renormalise_rows_(rows)
+    torch.testing.assert_close(rows, unit)
+
+
+def test_schedule():
+    factor = lr_schedule(OptimConfig(warmup_steps=10, decay_fraction=0.2), 100)
+    assert [factor(0), factor(9), factor(50), factor(80), factor(99)] == pytest.approx([0.1, 1, 1, 1, 0.05])
+    cosine = lr_schedule(OptimConfig(warmup_steps=0, decay_fraction=0, schedule="cosine"), 100)
+    assert [cosine(0), cosine(50), cosine(99)] == pytest.approx(
+        [1, 0.5, 0.5 * (1 + math.cos(0.99 * math.pi))]
+    )
+    default = lr_schedule(OptimConfig(), 200)
+    assert [default(0), default(9), default(10)] == pytest.approx([0.1, 1, 1])
+    assert lr_schedule(OptimConfig(), None)(10_000) == 1
+
+
+def test_firing_window_and_dead():
+    firing = FiringStatistics(3, dead_after_tokens=10, device=CPU, group=None)
+    firing.update(torch.tensor([5, 1, 0]), 5)
+    assert not firing.can_be_dead
+    firing.update(torch.tensor([5, 0, 0]), 5)
+    assert firing.dead_mask().tolist() == [False, False, True]
+    torch.testing.assert_close(firing.frequencies(), torch.tensor([1.0, 0.1, 0.0]))
+    firing.update(torch.tensor([0, 0, 2]), 5)  # a new window: the last whole one still speaks
+    torch.testing.assert_close(firing.frequencies(), torch.tensor([1.0, 0.1, 0.0]))
+    assert firing.dead_mask().tolist() == [False, True, False]
+    assert firing.num_tokens_since_fired.tolist() == [5, 10, 0]
+
+
+def test_scale_brings_the_mean_norm_to_sqrt_d_in():
+    x = torch.randn(500, 16) * 7 + 3
+    scaled = x * activation_scale(x, None)
+    assert scaled.norm(dim=1).mean().item() == pytest.approx(4.0, rel=1e-5)
+
+
+def test_geometric_median_resists_outliers():
+    x = torch.randn(501, 8, generator=torch.Generator().manual_seed(0))
+    x[:50] += 1e4
+    median = decoder_bias(x, "geometric_median", None)
+    assert median.norm() < 1
+    assert decoder_bias(x, "mean", None).norm() > 1e3
+    # At the minimum of Σ‖x − m‖ the unit vectors towards the points add up to zero.
+    towards = torch.nn.functional.normalize(x - median, dim=1).sum(0)
+    assert towards.norm() < 1e-2
+    assert decoder_bias(x, "zeros", None).abs().max() == 0
