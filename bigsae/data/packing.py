@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
@@ -184,16 +185,38 @@ def _piece_end(text: str, low: int) -> int:
 
 
 def pack(documents: Iterable[Document], packers: dict[int, Packer], encode: Encode) -> Iterator[Row | int]:
-    """Rows in the order in which they become full and, before each piece's rows, the number of its wanted tokens."""
-    for batch in _batches(piece for document in documents for piece in packers[document.shard].cut(document)):
-        layout = batch[0].packer.layout
-        contents = [piece.content for piece in batch]
-        for piece, ids in zip(batch, contents if layout.pretokenised else encode(contents), strict=True):
-            if piece.is_last and layout.separator is not None:
-                ids = np.append(ids, layout.dtype(layout.separator))
-            wanted = ids[piece.cursor.offset :]
-            yield len(wanted)
-            yield from piece.packer.feed(wanted, piece.cursor)
+    """Rows and, before each group's rows, the numbers of wanted tokens of its pieces.
+
+    Documents of several shards that follow each other at the same position take turns, a row each: long documents
+    would otherwise fill a whole buffer of activations each by itself. A row's turn follows from where it ends in its
+    own document, so that a run which goes on from any cursors has the same turns.
+    """
+    num_packed = next(iter(packers.values())).layout.num_packed
+    for _, group in itertools.groupby(documents, key=lambda document: document.position):
+        cuts = [packers[document.shard].cut(document) for document in group]
+        heads = [(piece, cut) for cut in cuts if (piece := next(cut, None)) is not None]
+        while heads:
+            number = min(piece.cursor.piece for piece, _ in heads)
+            rows: list[Row] = []
+            for batch in _batches(piece for piece, _ in heads if piece.cursor.piece == number):
+                for piece, wanted in _tokenise(batch, encode):
+                    yield len(wanted)
+                    rows.extend(piece.packer.feed(wanted, piece.cursor))
+            yield from sorted(rows, key=lambda row: (row.cursor.offset // num_packed, row.cursor.shard))
+            heads = [
+                (following, cut)
+                for piece, cut in heads
+                if (following := piece if piece.cursor.piece > number else next(cut, None)) is not None
+            ]
+
+
+def _tokenise(batch: list[Piece], encode: Encode) -> Iterator[tuple[Piece, np.ndarray]]:
+    layout = batch[0].packer.layout
+    contents = [piece.content for piece in batch]
+    for piece, ids in zip(batch, contents if layout.pretokenised else encode(contents), strict=True):
+        if piece.is_last and layout.separator is not None:
+            ids = np.append(ids, layout.dtype(layout.separator))
+        yield piece, ids[piece.cursor.offset :]
 
 
 def _batches(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:

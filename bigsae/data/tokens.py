@@ -86,6 +86,10 @@ class TokenRows(Iterator[torch.Tensor]):
         self._skipped = {cursor.shard: cursor.skipped_documents for cursor in cursors}
         self._dropped = {cursor.shard: cursor.dropped_tokens for cursor in cursors}
         self._ended = False
+        self._num_rows = 0
+        self._first: Row | EpochEnd | None = None
+        self.num_first_epoch_rows: int | None = None
+        """Rows of this rank's first epoch since the start or the last `load_state_dict`; None until it has ended."""
         self._stop_worker: weakref.finalize | None = None
 
     def __iter__(self) -> TokenRows:
@@ -95,8 +99,10 @@ class TokenRows(Iterator[torch.Tensor]):
         while not self._ended:
             if self._stop_worker is None:
                 self._start_worker()
-            item = self._queue.get()
+            item = self._first if self._first is not None else self._queue.get()
+            self._first = None
             if isinstance(item, Row):
+                self._num_rows += 1
                 self._cursors[item.cursor.shard] = item.cursor
                 self._skipped[item.cursor.shard] = item.cursor.skipped_documents
                 self._dropped[item.cursor.shard] = item.cursor.dropped_tokens
@@ -110,6 +116,16 @@ class TokenRows(Iterator[torch.Tensor]):
                 self.close()
                 raise item
         raise StopIteration
+
+    def begin(self) -> None:
+        """Start tokenising and wait for the first row; raises UserError at once where there will be none."""
+        self._start_worker()
+        first = self._queue.get()
+        if isinstance(first, BaseException):
+            self.close()
+            raise first
+        assert first is not None  # no row at all is an error, and comes as one
+        self._first = first
 
     def _start_worker(self) -> None:
         self._queue: queue.Queue[Row | EpochEnd | BaseException | None] = queue.Queue(_PREFETCH_ROWS)
@@ -126,6 +142,8 @@ class TokenRows(Iterator[torch.Tensor]):
         self._stop_worker = weakref.finalize(self, _stop, stop, thread)
 
     def _note(self, end: EpochEnd) -> None:
+        if self.num_first_epoch_rows is None:
+            self.num_first_epoch_rows = self._num_rows
         self._skipped, self._dropped = end.skipped_documents, end.dropped_tokens
         what = "that was the last" if end.is_last else f"epoch {end.epoch + 1} begins, in a new order"
         logger.info(
@@ -188,7 +206,7 @@ class TokenRows(Iterator[torch.Tensor]):
         """Stop the thread. The next row, if one is asked for, starts another from where this one stood."""
         if self._stop_worker is not None:
             self._stop_worker()
-            self._stop_worker = None
+            self._stop_worker = self._first = None
 
 
 def _work(items: Iterator[Row | EpochEnd], out: queue.Queue, stop: threading.Event) -> None:

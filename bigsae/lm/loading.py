@@ -287,9 +287,10 @@ def _fsdp_plan(meta: PreTrainedModel) -> dict[str, str]:
 def _own_loading() -> Iterator[None]:
     """Keep transformers from leaving loading to accelerate, and its progress bar to the first rank.
 
-    Under an accelerate FSDP configuration with fsdp_cpu_ram_efficient_loading (its default), `from_pretrained` reads
-    weights on each node's first rank alone, for accelerate to broadcast later (transformers.distributed.fsdp
-    .is_fsdp_enabled). Nobody broadcasts here.
+    Under an accelerate FSDP configuration with fsdp_cpu_ram_efficient_loading (its default) transformers takes each
+    node's first rank to be the one that matters: on the others it leaves buffers on the CPU and missing parameters
+    without values, for accelerate to broadcast later (transformers.distributed.fsdp.is_fsdp_enabled). Nobody
+    broadcasts here.
     """
     name = "FSDP_CPU_RAM_EFFICIENT_LOADING"
     before = os.environ.get(name)
@@ -328,8 +329,8 @@ def _silence_dropped_layers(meta: PreTrainedModel, config: PreTrainedConfig) -> 
 
 def _check_loaded(model: PreTrainedModel, layout: LMLayout, device: torch.device) -> None:
     """Assert that the model is where, and as sharded as, it was asked to be."""
-    for name, parameter in model.named_parameters():
-        local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
         if local.device.type != device.type or (device.index or 0) != (local.device.index or 0):
             raise RuntimeError(f"{name} was loaded to {local.device}, not to {device}")
     sharded = isinstance(model, FSDPModule)

@@ -91,7 +91,10 @@ def _steps(run: Run, bar: ProgressBar) -> tuple[str, str]:
     config = run.config
     while run.step < config.num_steps:
         bar.activity("harvesting")
-        if not run.harvest.fill(run.step, lambda: run.stop.number is not None):
+        filled = run.harvest.fill(run.step, lambda: run.stop.number is not None)
+        if run.step == 0:
+            _check_one_batch(run)
+        if not filled:
             return _why_not_filled(run)
         bar.activity("training")
         _initialise(run)
@@ -118,12 +121,18 @@ def _someone_stops(run: Run) -> bool:
 def _why_not_filled(run: Run) -> tuple[str, str]:
     if run.harvest.refilling:
         return "preempted", f"signal {run.stop.number or 'to another rank'}"
-    if run.step == 0:
-        raise UserError(
-            f"--dataset {run.config.dataset} gives less than one batch of {run.config.batch_size_tokens} activations "
-            "in --data.epochs: lower --batch-size-tokens or raise --data.epochs"
-        )
     return "finished", f"the data ended after {run.config.data.epochs} epochs"
+
+
+def _check_one_batch(run: Run) -> None:
+    """Refuse a dataset that cannot fill the first batch without repeating itself."""
+    num_rows = run.rows.num_first_epoch_rows
+    too_short = num_rows is not None and num_rows * run.config.ctx_len < run.harvest.batch_tokens
+    if collectives.max_ints([too_short], run.mesh.control)[0]:
+        raise UserError(
+            f"--dataset {run.config.dataset} holds less than one batch: lower --batch-size-tokens "
+            f"{run.config.batch_size_tokens} or take a larger dataset"
+        )
 
 
 def _initialise(run: Run) -> None:

@@ -57,6 +57,7 @@ def prepare(config: TrainConfig, stop: StopSignal) -> tuple[Run, Callable[[], No
     rows = tokens.TokenRows(
         source, tokenizer, config.ctx_len, config.data, config.seed, mesh.rank, mesh.num_ranks
     )
+    rows.begin()
     heldout = _heldout(config, source, tokenizer, mesh)
     collectives.barrier(mesh.control)  # whatever a rank can find wrong, it has found before weights are read
 

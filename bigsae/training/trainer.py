@@ -81,7 +81,7 @@ class SAETrainer:
 
     @torch.no_grad()
     def _update(self) -> tuple[Tensor, Tensor]:
-        """Reduce, project, norm, clip, Adam, renormalise. Returns the gradient's norm, and 1. where it was no number."""
+        """Reduce, project, norm, clip, Adam, renormalise. Returns the gradient norm, and 1. where it was not finite."""
         gradients = []
         for parameter in self.sae.parameters():
             assert parameter.grad is not None

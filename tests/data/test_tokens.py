@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import subprocess
 import sys
@@ -20,9 +21,9 @@ from bigsae.config import DataConfig, UserError
 from bigsae.data import packing, sources, tokens
 from bigsae.data.packing import Cursor, Row, produce
 from bigsae.data.tokenizer import encoder, layout_for
-from bigsae.data.tokens import TokenRows, heldout_rows, token_mask
+from bigsae.data.tokens import TokenRows, heldout_rows, open_dataset, token_mask
 from tests.data.corpora import KINDS, make_source, naive_rows, shard_contents, texts
-from tests.models import tiny_tokenizer
+from tests.models import english, tiny_tokenizer
 
 
 def rows_of(source, tokenizer, ctx_len, data, seed=0, rank=0, num_ranks=1):
@@ -365,7 +366,7 @@ def test_the_interpreter_ends_while_the_thread_runs(tmp_path):
         "from bigsae.config import DataConfig\n"
         "from bigsae.data.tokens import TokenRows\n"
         "from tests.data.corpora import make_source, texts\n"
-        "from tests.models import tiny_tokenizer\n"
+        "from tests.models import english, tiny_tokenizer\n"
         f"tokenizer = tiny_tokenizer(Path({str(tmp_path)!r}))\n"
         "rows = TokenRows(make_source('map', {'text': texts(50)}), tokenizer, 16, DataConfig(num_shards=2), 0, 0, 1)\n"
         "print(len(next(rows)))\n"
@@ -390,3 +391,20 @@ def test_the_queue_is_bounded(tokenizer, monkeypatch):
         time.sleep(0.01)
     assert rows._queue.qsize() == 5
     rows.close()
+
+
+def test_long_documents_take_turns(tmp_path, tokenizer):
+    """A row of each shard's document in turn: no stretch of rows comes from one document alone."""
+    corpus = tmp_path / "long.jsonl"
+    corpus.write_text("".join(json.dumps({"text": english(2000, seed=i)}) + "\n" for i in range(4)))
+    data = DataConfig(num_shards=4, epochs=1)
+    rows = TokenRows(open_dataset(str(corpus), data), tokenizer, 32, data, seed=0, rank=0, num_ranks=1)
+    shards = []
+    before = {cursor["shard"]: cursor for cursor in rows.state_dict()["cursors"]}
+    for _ in range(40):
+        next(rows)
+        after = {cursor["shard"]: cursor for cursor in rows.state_dict()["cursors"]}
+        shards += [shard for shard in after if after[shard] != before[shard]]
+        before = after
+    rows.close()
+    assert shards == [0, 1, 2, 3] * 10

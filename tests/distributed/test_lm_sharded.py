@@ -100,7 +100,7 @@ def check_equal(folder: str, model: PreTrainedModel, sites: tuple, ids: torch.Te
 
 
 def on_two_ranks(folder: str, moe: str) -> dict[str, Any]:
-    # What accelerate sets by default under FSDP, and means: let transformers read on the first rank alone.
+    # As accelerate sets them by default under FSDP.
     os.environ.update(ACCELERATE_USE_FSDP="true", FSDP_CPU_RAM_EFFICIENT_LOADING="true")
     lm = LMConfig(dtype="float32")
     layout = resolve_layout(lm, 2, 2)

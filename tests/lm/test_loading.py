@@ -10,8 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Gemma3nForCausalLM, Gemma3nTextConfig, MiniCPM3Config, T5Config
+from transformers.distributed import fsdp
 
 from bigsae.config import LMConfig, UserError
+from bigsae.lm import loading
 from bigsae.lm.activations import Extractor
 from bigsae.lm.hookpoints import decoder_layers, locate, resolve_hookpoints
 from bigsae.lm.loading import load_lm, local_bytes, meta_model, num_dropped_layers, resolve_layout, vocab_size
@@ -75,6 +77,16 @@ def test_further_arguments_reach_from_pretrained(model_folders: dict[str, Path])
         load_lm(folder, unknown, meta, ALONE, CPU, all_layers=True)
     with pytest.raises(UserError, match=r"'device_map'.*--lm.shard-size"):
         meta_model(folder, LMConfig(kwargs='{"device_map": "auto"}'))
+
+
+def test_loading_is_not_left_to_accelerate(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "true")
+    monkeypatch.setattr(fsdp, "_is_torch_distributed_initialized", lambda: True)
+    assert fsdp.is_fsdp_enabled()
+    with loading._own_loading():
+        assert not fsdp.is_fsdp_enabled()
+    assert fsdp.is_fsdp_enabled()
 
 
 def test_only_the_dropped_layers_are_left_out_of_the_report(
