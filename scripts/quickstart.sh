@@ -67,11 +67,11 @@ cores="$(nproc)"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((cores > 1 ? cores / 2 : 1))}" TOKENIZERS_PARALLELISM=false
 accelerate launch --config_file accelerate_configs/cpu_2.yaml -m bigsae.train \
     --model "$home/SmolLM2-135M" --lm.dtype float32 --lm.shard-size 2 \
-    --dataset "$home/sotu" --data.heldout-documents 8 \
+    --dataset "$home/sotu" --data.heldout-documents 8 --eval.every 75 \
     --hookpoints model.layers.6 --sae.k 32 --sae.dead-after-tokens 100_000 \
     --tokens 230_400 --batch-size-tokens 1024 --ctx-len 256 \
     --buffer.tokens 16_384 --buffer.dtype float32 \
-    --optim.lr 1e-3 --optim.warmup-steps 20 \
+    --optim.lr 2e-3 --optim.warmup-steps 20 \
     --output-dir "$output_dir" --resume "$@"
 
 python - "$output_dir" <<'PYTHON'

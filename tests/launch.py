@@ -19,6 +19,7 @@ TWO_RANKS = (
     sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
     "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", "-m", "bigsae.train",
 )  # fmt: skip
+TIMINGS = ("tokens_per_second", "lm_time_share", "sae_time_share")
 ONE_RANK = (sys.executable, "-m", "bigsae.train")
 
 
@@ -65,7 +66,7 @@ def run(command: tuple[str, ...], arguments: list[str], timeout: float = 240) ->
 def metrics(folder: Path) -> list[dict[str, Any]]:
     """Rows of metrics.jsonl without what only times things."""
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if k not in ("tokens_per_second", "lm_time_share")} for row in rows]
+    return [{k: v for k, v in row.items() if k not in TIMINGS} for row in rows]
 
 
 def checkpoint_tensors(checkpoint: Path, scratch: Path) -> dict[str, Tensor]:

@@ -157,9 +157,11 @@ def _log(run: Run, bar: ProgressBar) -> None:
     metrics = {name: trainer.read_metrics() for name, trainer in run.trainers.items()}
     seconds = time.perf_counter() - run._clock["time"]
     num_tokens = (run.step - run._clock["step"]) * run.config.batch_size_tokens
+    lm_share = (run.harvest.seconds - run._clock["harvest"]) / seconds
     timing = {
         "tokens_per_second": num_tokens / seconds,
-        "lm_time_share": (run.harvest.seconds - run._clock["harvest"]) / seconds,
+        "lm_time_share": lm_share,
+        "sae_time_share": 1 - lm_share,
     }
     _restart_clock(run)
     for name, values in metrics.items():

@@ -51,9 +51,11 @@ def prepare(config: TrainConfig, stop: StopSignal) -> tuple[Run, Callable[[], No
     sites = locate(meta, resolve_hookpoints(config.hookpoints, meta))
     for site in sites:
         cfg.resolve_d_sae(config.sae, site.d_in)
-    tokenizer = tokens.load_tokenizer(config.model, config.lm.revision, config.lm.trust_remote_code)
-    tokens.check_vocabulary(tokenizer, vocab_size(lm_config))
     source = tokens.open_dataset(config.dataset, config.data)
+    tokenizer = None
+    if not source.pretokenised or config.data.drop_special_tokens:
+        tokenizer = tokens.load_tokenizer(config.model, config.lm.revision, config.lm.trust_remote_code)
+        tokens.check_vocabulary(tokenizer, vocab_size(lm_config))
     rows = tokens.TokenRows(
         source, tokenizer, config.ctx_len, config.data, config.seed, mesh.rank, mesh.num_ranks
     )
@@ -62,7 +64,8 @@ def prepare(config: TrainConfig, stop: StopSignal) -> tuple[Run, Callable[[], No
     collectives.barrier(mesh.control)  # whatever a rank can find wrong, it has found before weights are read
 
     model = load_lm(config.model, config.lm, meta, layout, mesh.device, sites)
-    harvest = _harvest(config, sites, rows, Extractor(model, sites), tokenizer, mesh)
+    trained_on = _trained_on(config, tokenizer, vocab_size(lm_config))
+    harvest = _harvest(config, sites, rows, Extractor(model, sites), trained_on, mesh)
     trainers = {
         site.name: SAETrainer(config.sae, config.optim, site.d_in, config.num_steps, config.seed, mesh)
         for site in sites
@@ -127,12 +130,27 @@ def _heldout(config: TrainConfig, source: Any, tokenizer: Any, mesh: Mesh) -> Te
     return rows[:usable]
 
 
+def _trained_on(config: TrainConfig, tokenizer: Any, vocab_size: int) -> Callable[[Tensor], Tensor]:
+    """The function from rows of ids to which of their activations are trained on."""
+    special_ids = tokenizer.all_special_ids if tokenizer is not None else []
+
+    def trained_on(ids: Tensor) -> Tensor:
+        if ids.max() >= vocab_size:  # an embedding would fail far from the cause, on a GPU without a message
+            raise UserError(
+                f"--dataset {config.dataset} holds token id {ids.max()}, but --model {config.model} has "
+                f"{vocab_size}: the dataset was tokenised for another model"
+            )
+        return tokens.token_mask(ids, special_ids, config.data)
+
+    return trained_on
+
+
 def _harvest(
     config: TrainConfig,
     sites: tuple[Site, ...],
     rows: tokens.TokenRows,
     extract: Extractor,
-    tokenizer: Any,
+    trained_on: Callable[[Tensor], Tensor],
     mesh: Mesh,
 ) -> Harvest:
     on_cpu = config.buffer.device == "cpu"
@@ -145,11 +163,10 @@ def _harvest(
         seed=config.seed,
         rank=mesh.rank,
     )
-    special_ids = tokenizer.all_special_ids if tokenizer is not None else []
     return Harvest(
         iter(rows),
         extract,
-        lambda ids: tokens.token_mask(ids, special_ids, config.data),
+        trained_on,
         buffer,
         config.lm.micro_batch_rows,
         config.ctx_len,
