@@ -10,12 +10,19 @@ from bigsae.commands import parse_train_config, run_command
 def main() -> None:
     """Parse the command line and train."""
     config = parse_train_config(sys.argv[1:])
-    from bigsae.training.run import Preempted, train_saes  # after parsing, so that --help is quick
+    from torch import distributed as dist  # after parsing, so that --help is quick
 
+    from bigsae.training.run import Preempted, train_saes
+
+    stopped_by = None
     try:
         train_saes(config)
     except Preempted as stopped:
-        sys.exit(128 + (stopped.number or 0))
+        stopped_by = stopped
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    if stopped_by is not None:
+        sys.exit(128 + (stopped_by.number or 0))
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from bigsae.hub.files import write_atomic
 from bigsae.parallel import collectives
 from bigsae.sae.losses import Moments, StepOutput
 
@@ -83,7 +84,7 @@ class MetricsFile:
         if not self.path.exists():
             return
         rows = [line for line in self.path.read_text().splitlines() if _step_of(line) <= step]
-        self.path.write_text("".join(f"{row}\n" for row in rows))
+        write_atomic(self.path, lambda path: path.write_text("".join(f"{row}\n" for row in rows)))
 
     def write(self, row: dict[str, Any]) -> None:
         """Append one row."""

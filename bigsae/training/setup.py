@@ -90,7 +90,10 @@ def prepare(config: TrainConfig, stop: StopSignal) -> tuple[Run, Callable[[], No
 
     def close() -> None:
         rows.close()
-        accelerator.end_training()
+        for (
+            tracker
+        ) in accelerator.trackers:  # not end_training(): a script may train again in the same process group
+            tracker.finish()
 
     return run, close
 
