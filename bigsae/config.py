@@ -1,8 +1,8 @@
 """The configuration of a run: frozen dataclasses, one docstring per field (they are the text of `--help`).
 
 A leaf of the import graph: standard library only. Whatever can be wrong with the *values alone* is found by
-`check`, before a process group is made or a byte of weights is read; what needs the model or the data is found
-where those are opened. Both raise `UserError`.
+`check`; what needs the model or the data is found where those are opened, before weights are read where it can be.
+Both raise `UserError`.
 """
 
 from __future__ import annotations
@@ -150,7 +150,7 @@ class EvalConfig:
     every: int = 0
     """Steps between measurements; 0 measures at the end of the run alone."""
     rows: int = 64
-    """Most token rows that are measured, over all ranks."""
+    """Most token rows that are measured, over all ranks: the beginnings of the held-out documents, in turn."""
 
 
 @dataclass(frozen=True)
@@ -177,7 +177,7 @@ class TrainConfig:
     """Modules whose activations are learnt, one SAE each: the model's own names, patterns (model.layers.*.mlp), ranges
     (model.layers.{4,8}), or TransformerLens names; a suffix :input takes a module's input."""
     output_dir: str
-    """Folder of the run."""
+    """Folder of the run, on a file system that all nodes share."""
     tokens: int
     """Length of the run and of its schedules, over all ranks."""
     batch_size_tokens: int = 4096
@@ -230,6 +230,8 @@ def check_sae(sae: SAEConfig) -> None:
     _positive("--sae.dead-after-tokens", sae.dead_after_tokens)
     _positive("--sae.k-aux", sae.k_aux)
     _at_least("--sae.auxk-coefficient", sae.auxk_coefficient, 0)
+    if sae.k_aux is not None and not sae.auxk_coefficient:
+        raise UserError("--sae.k-aux does nothing with --sae.auxk-coefficient 0: leave one of them out")
 
 
 def check_optim(optim: OptimConfig) -> None:
@@ -291,8 +293,12 @@ def check(config: TrainConfig, num_ranks: int) -> None:
         raise UserError(
             f"--data.num-shards {config.data.num_shards} leaves ranks without data: raise it to {num_ranks} or more"
         )
-    if config.eval.every and not config.data.heldout_documents:
-        raise UserError("--eval.every needs documents to measure on: set --data.heldout-documents")
+    if config.eval != EvalConfig() and not config.data.heldout_documents:
+        raise UserError(
+            "--eval.every and --eval.rows need documents to measure on: set --data.heldout-documents"
+        )
+    if config.wandb.project is None and config.wandb != WandbConfig():
+        raise UserError("--wandb.name and --wandb.entity do nothing without --wandb.project: set it")
     lm_kwargs(config.lm)
 
 

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from bigsae.seeds import derive_seed
 
+_COPY_ROWS = 16_384
+
 
 class ActivationBuffer:
     """Room for `capacity` + `headroom` activations of each hookpoint; `widths` gives their d_in.
@@ -31,14 +33,15 @@ class ActivationBuffer:
     ):
         self.capacity, self.headroom = capacity, headroom
         slots = capacity + headroom
-        # Pinned, so that a batch travels to the accelerator without a copy in between.
-        pin = device.type == "cpu" and torch.cuda.is_available()
+        self._device = device
+        self._pinned = device.type == "cpu" and torch.cuda.is_available()
         self.storage = {
-            name: torch.empty(slots, d_in, dtype=dtype, device=device, pin_memory=pin)
+            name: torch.empty(slots, d_in, dtype=dtype, device=device, pin_memory=self._pinned)
             for name, d_in in widths.items()
         }
         self._generator = torch.Generator().manual_seed(derive_seed(seed, "buffer", rank))
         self._unread = torch.empty(0, dtype=torch.int64)  # slots, in reading order
+        self._order = self._unread.to(device)  # the same, where the storage is
         self._new: list[Tensor] = []  # slots written since the last shuffle, in order
         self._free = torch.arange(slots)
 
@@ -51,11 +54,6 @@ class ActivationBuffer:
     def num_waiting(self) -> int:
         """Activations that can be read now or after the next `shuffle`."""
         return len(self._unread) + sum(map(len, self._new))
-
-    @property
-    def has_room(self) -> bool:
-        """Whether one more `write` of up to `headroom` activations fits."""
-        return len(self._free) >= self.headroom
 
     def num_bytes(self) -> int:
         """Size of the storage."""
@@ -74,26 +72,36 @@ class ActivationBuffer:
     def shuffle(self) -> None:
         """Put all waiting activations into a new random order."""
         waiting = torch.cat([self._unread, *self._new])
-        self._unread = waiting[torch.randperm(len(waiting), generator=self._generator)]
+        self._set_unread(waiting[torch.randperm(len(waiting), generator=self._generator)])
         self._new = []
+
+    def _set_unread(self, slots: Tensor) -> None:
+        # To the device once a refill, and not with each batch: that would be a synchronisation in each step.
+        self._unread, self._order = slots, slots.to(self._device)
 
     def peek(self, num_tokens: int) -> dict[str, Tensor]:
         """The next `num_tokens` activations `[num_tokens, d_in]` of each hookpoint; they stay unread."""
         assert num_tokens <= self.num_unread
-        slots = self._unread[:num_tokens]
-        return {name: storage[slots.to(storage.device)] for name, storage in self.storage.items()}
+        slots = self._order[:num_tokens]
+        batch = {name: storage[slots] for name, storage in self.storage.items()}
+        # Pinned, a batch can travel to the accelerator while that is at work.
+        return {name: x.pin_memory() for name, x in batch.items()} if self._pinned else batch
 
     def read(self, num_tokens: int) -> dict[str, Tensor]:
         """The next `num_tokens` activations `[num_tokens, d_in]` of each hookpoint; they leave the buffer."""
         batch = self.peek(num_tokens)
         self._free = torch.cat([self._free, self._unread[:num_tokens]])
-        self._unread = self._unread[num_tokens:]
+        self._unread, self._order = self._unread[num_tokens:], self._order[num_tokens:]
         return batch
 
     def tensors(self) -> dict[str, Tensor]:
         """What a checkpoint keeps: all waiting activations, in the order of the list, on the CPU."""
         waiting = torch.cat([self._unread, *self._new])
-        kept = {name: storage[waiting.to(storage.device)].cpu() for name, storage in self.storage.items()}
+        kept = self._empty(len(waiting))
+        for name, storage in self.storage.items():
+            # In parts: a copy of the whole on the accelerator might not fit there.
+            for part, slots in zip(kept[name].split(_COPY_ROWS), waiting.split(_COPY_ROWS), strict=True):
+                part.copy_(storage[slots.to(storage.device)])
         return kept | {"generator": self._generator.get_state()}
 
     def counters(self) -> dict[str, int]:
@@ -102,12 +110,11 @@ class ActivationBuffer:
 
     def empty_tensors(self, counters: dict[str, int]) -> dict[str, Tensor]:
         """Tensors of the shapes of a checkpoint with these `counters`, to read it into."""
-        num_waiting = counters["num_unread"] + counters["num_new"]
-        empty = {
-            name: storage.new_empty(num_waiting, storage.shape[1], device="cpu")
-            for name, storage in self.storage.items()
-        }
+        empty = self._empty(counters["num_unread"] + counters["num_new"])
         return empty | {"generator": torch.empty_like(self._generator.get_state())}
+
+    def _empty(self, num_tokens: int) -> dict[str, Tensor]:
+        return {name: s.new_empty(num_tokens, s.shape[1], device="cpu") for name, s in self.storage.items()}
 
     def load(self, tensors: dict[str, Tensor], counters: dict[str, int]) -> None:
         """Take back what `tensors` and `counters` gave."""
@@ -115,6 +122,7 @@ class ActivationBuffer:
         slots = torch.arange(self.capacity + self.headroom)
         for name, storage in self.storage.items():
             storage[:num_waiting] = tensors[name].to(storage.device)
-        self._unread, self._free = slots[:num_unread], slots[num_waiting:]
+        self._set_unread(slots[:num_unread])
+        self._free = slots[num_waiting:]
         self._new = [slots[num_unread:num_waiting]]
         self._generator.set_state(tensors["generator"])

@@ -18,6 +18,10 @@ Extract = Callable[[Tensor], dict[str, Tensor]]
 """Token ids [rows, ctx_len] to activations [rows, ctx_len, d_in] of each hookpoint; the same calls on every rank."""
 
 
+# After so many rows without a token to train on none is expected any more.
+_ROWS_IN_VAIN = 4096
+
+
 class Harvest:
     """Batches of shuffled activations, the same number on every rank.
 
@@ -45,6 +49,7 @@ class Harvest:
         self.refilling = True
         self._least_unread = 0  # of all ranks
         self._exhausted = False
+        self._rows_in_vain = 0
 
     def fill(self, step: int, should_stop: Callable[[], bool]) -> bool:
         """Make sure that every rank can `read` a batch; refill where one rank's buffer is half used.
@@ -54,6 +59,10 @@ class Harvest:
         """
         if not self.refilling and self._least_unread >= max(self.buffer.capacity // 2, self.batch_tokens):
             return True
+        if self.mesh.device.type == "cuda":
+            torch.cuda.synchronize(
+                self.mesh.device
+            )  # else the time of the steps before would count as this one's
         start = time.perf_counter()
         self.refilling = True
         finite = torch.ones(len(self.buffer.storage), dtype=torch.bool, device=self.mesh.device)
@@ -94,6 +103,12 @@ class Harvest:
     def _harvest(self, rows: Tensor, finite: Tensor) -> None:
         """Run the LM on `rows` [rows, ctx_len], put what is trained on into the buffer, note what is not finite."""
         keep = self.trained_on(rows).flatten().nonzero().squeeze(1)
+        self._rows_in_vain = 0 if len(keep) else self._rows_in_vain + len(rows)
+        if self._rows_in_vain >= _ROWS_IN_VAIN:
+            raise UserError(
+                f"{self._rows_in_vain} rows in a row hold special tokens alone: look at --dataset, or keep them with "
+                "--data.no-drop-special-tokens"
+            )
         kept = {}
         for i, (name, values) in enumerate(self.extract(rows).items()):
             kept[name] = values.flatten(0, 1)[keep.to(values.device)]

@@ -41,6 +41,7 @@ __all__ = [
 logger = logging.getLogger("bigsae")
 
 _PREFETCH_ROWS = 256
+_HELDOUT_LANES = 16
 _FLAGS = {
     "seed": "--seed",
     "ctx_len": "--ctx-len",
@@ -267,9 +268,12 @@ def heldout_rows(
     """
     layout = layout_for(tokenizer, ctx_len, source.pretokenised)
     contents = source.heldout(data, seed)
-    documents = (Document(0, position, content, None) for position, content in enumerate(contents))
+    # Side by side as shards are, so that `max_rows` is not filled by the first document alone.
+    lanes = max(1, min(data.heldout_documents, _HELDOUT_LANES))
+    documents = (Document(i % lanes, i // lanes, content, None) for i, content in enumerate(contents))
+    packers = {lane: Packer(Cursor(lane), layout, source.label) for lane in range(lanes)}
     rows: list[np.ndarray] = []
-    for item in pack(documents, {0: Packer(Cursor(0), layout, source.label)}, encoder(tokenizer, layout)):
+    for item in pack(documents, packers, encoder(tokenizer, layout)):
         if isinstance(item, Row) and len(rows) < max_rows:
             rows.append(item.tokens)
         if len(rows) >= max_rows:

@@ -6,6 +6,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from bigsae.kernels.dispatch import on_its_device
+
 
 @triton.jit
 def _gather_sum_kernel(
@@ -62,6 +64,7 @@ def _gather_dot_kernel(
     tl.store(out_ptr + row * k + slots, total.to(out_ptr.dtype.element_ty), mask=slots < k)
 
 
+@on_its_device
 def gather_sum(coefficients: Tensor, top_indices: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
     """[batch, d_in] = sum over j of coefficients[:, j] * weight[top_indices[:, j]], in `dtype`."""
     coefficients, top_indices, weight = (
@@ -83,6 +86,7 @@ def gather_sum(coefficients: Tensor, top_indices: Tensor, weight: Tensor, dtype:
     return out
 
 
+@on_its_device
 def gather_dot(dense: Tensor, weight: Tensor, top_indices: Tensor, dtype: torch.dtype) -> Tensor:
     """[batch, k]: out[b, j] = dense[b] . weight[top_indices[b, j]], in `dtype`."""
     dense, weight, top_indices = dense.contiguous(), weight.contiguous(), top_indices.contiguous()

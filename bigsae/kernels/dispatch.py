@@ -3,7 +3,8 @@
 import functools
 import importlib
 import logging
-from typing import Literal
+from collections.abc import Callable
+from typing import Literal, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -11,6 +12,9 @@ from torch import Tensor
 Backend = Literal["triton", "torch"]
 
 logger = logging.getLogger("bigsae")
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 @functools.cache
@@ -41,3 +45,15 @@ def use_triton(*tensors: Tensor) -> bool:
     The Triton kernels accumulate in float32, so float64 inputs (gradient checks) keep torch's ops everywhere.
     """
     return backend(tensors[0].device) == "triton" and all(t.dtype != torch.float64 for t in tensors)
+
+
+def on_its_device(launch: Callable[P, R]) -> Callable[P, R]:
+    """Have a launcher run with its tensors' device as the current one, which is where Triton launches kernels."""
+
+    @functools.wraps(launch)
+    def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
+        tensor = next(arg for arg in args if isinstance(arg, Tensor))
+        with torch.cuda.device_of(tensor):
+            return launch(*args, **kwargs)
+
+    return wrapper

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from bigsae.kernels.dispatch import on_its_device
 from bigsae.kernels.sparse_grad import LatentMajor
 
 CHUNK = 128
@@ -100,6 +101,7 @@ def _latent_rows_kernel(
     tl.store(out_ptr + latent * d_in + cols, total.to(out_ptr.dtype.element_ty), mask=cols < d_in)
 
 
+@on_its_device
 def latent_rows(
     pattern: LatentMajor, coefficients: Tensor, dense: Tensor, dtype: torch.dtype, *, chunk: int = CHUNK
 ) -> Tensor:

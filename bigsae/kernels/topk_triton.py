@@ -9,6 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from bigsae.kernels.dispatch import on_its_device
+
 TILE = 64
 _MAX_BLOCK = 4096
 
@@ -171,6 +173,7 @@ def _select_row_kernel(
         ties_seen += tl.sum(tie, axis=0)
 
 
+@on_its_device
 def select_topk(
     values: Tensor, k: int, mask: Tensor | None = None, *, tile: int = TILE
 ) -> tuple[Tensor, Tensor]:

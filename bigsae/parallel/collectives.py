@@ -36,3 +36,12 @@ def barrier(group: ProcessGroup | None) -> None:
     """Wait until every rank of the group is here."""
     if group is not None:
         dist.barrier(group=group)
+
+
+def first_text(text: str, group: ProcessGroup | None) -> str:
+    """The first text over the group that is not empty, by rank; empty where all are (a CPU group)."""
+    if group is None:
+        return text
+    texts: list[str] = [""] * dist.get_world_size(group)
+    dist.all_gather_object(texts, text, group=group)
+    return next(filter(None, texts), "")

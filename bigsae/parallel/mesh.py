@@ -17,7 +17,6 @@ class Mesh:
 
     rank: int
     num_ranks: int
-    local_rank: int
     num_local_ranks: int
     device: torch.device
     data: ProcessGroup | None
@@ -38,14 +37,15 @@ def build_mesh() -> Mesh:
     """
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     if not dist.is_initialized() or dist.get_world_size() == 1:
-        return Mesh(0, 1, local_rank, 1, device, data=None, control=None)
+        return Mesh(0, 1, 1, device, data=None, control=None)
     num_ranks = dist.get_world_size()
     on_gloo = dist.get_backend() == "gloo"
     return Mesh(
         rank=dist.get_rank(),
         num_ranks=num_ranks,
-        local_rank=local_rank,
         num_local_ranks=int(os.environ.get("LOCAL_WORLD_SIZE", str(num_ranks))),
         device=device,
         data=dist.group.WORLD,

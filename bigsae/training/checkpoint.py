@@ -45,12 +45,12 @@ def save(
     `tensors` and `state` are the same on every rank; `rank_tensors` and `rank_state` are this rank's own.
     """
     final, temporary = folder / f"step_{step}", folder / f".step_{step}.tmp"
-    if (final / _MARKER).is_file():
-        return final
     if mesh.is_main:
-        for leftover in (*folder.glob(".step_*.tmp"), final):  # of a run that was killed while it wrote
-            if leftover.exists():
-                shutil.rmtree(leftover)
+        for leftover in (
+            *folder.glob(".step_*.tmp"),
+            *folder.glob(".step_*.old"),
+        ):  # of a run that was killed
+            shutil.rmtree(leftover)
         temporary.mkdir(parents=True)
     collectives.barrier(mesh.control)
     own = {f"rank_{mesh.rank}/{name}": tensor for name, tensor in rank_tensors.items()}
@@ -64,8 +64,11 @@ def save(
     if mesh.is_main:
         write_json(temporary / "state.json", state | {"step": step, "num_ranks": mesh.num_ranks})
         write_json(temporary / _MARKER, {"step": step})
+        if final.exists():  # without its marker, or the same step before the run was known to be finished
+            final.rename(folder / f".step_{step}.old")
         temporary.rename(final)
         sync_folder(folder)
+        shutil.rmtree(folder / f".step_{step}.old", ignore_errors=True)
         for old in checkpoints(folder)[:-keep] if keep else []:
             shutil.rmtree(old)
     collectives.barrier(mesh.control)
@@ -75,7 +78,12 @@ def save(
 def checkpoints(folder: Path) -> list[Path]:
     """The whole checkpoints in `folder`, oldest first."""
     whole = [path for path in folder.glob("step_*") if (path / _MARKER).is_file()]
-    return sorted(whole, key=lambda path: int(path.name.removeprefix("step_")))
+    return sorted(whole, key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step at which a checkpoint was written."""
+    return int(checkpoint.name.removeprefix("step_"))
 
 
 def read_state(checkpoint: Path, mesh: Mesh) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -10,6 +10,8 @@ from torch.distributed import ProcessGroup
 
 from bigsae.parallel import collectives
 
+_STEPS_OF_DOUBT = 32
+
 
 class FiringStatistics:
     """Firing of each of `d_sae` latents. A latent fires on a token if it is selected there with a value > 0.
@@ -27,6 +29,7 @@ class FiringStatistics:
         self.num_window_tokens = 0
         self.num_last_window_tokens = 0
         self.num_tokens = 0
+        self._doubt, self._ask_again_at = False, 0
 
     def update(self, counts: Tensor, num_tokens: int) -> None:
         """Take in one step: `counts` [d_sae] of this rank's tokens, `num_tokens` of all ranks together."""
@@ -40,10 +43,19 @@ class FiringStatistics:
         self.num_window_tokens += num_tokens
         self.num_tokens += num_tokens
 
-    @property
-    def can_be_dead(self) -> bool:
-        """Whether enough tokens were seen for any latent to be dead; known without asking the device."""
-        return self.num_tokens >= self.dead_after_tokens
+    def may_be_dead(self, batch_tokens: int) -> bool:
+        """Whether a latent may be dead in the coming step of `batch_tokens`; False is certain.
+
+        The device is asked how long the most silent latent has been silent, and not again until that one could be dead:
+        a question each step would be a host synchronisation each step. True lasts _STEPS_OF_DOUBT; if no latent is
+        dead then, AuxK has weight 0 and the result is the same.
+        """
+        if self.num_tokens >= self._ask_again_at:
+            longest = int(self.num_tokens_since_fired.max())
+            num_steps = (self.dead_after_tokens - longest) // batch_tokens
+            self._doubt = num_steps < _STEPS_OF_DOUBT
+            self._ask_again_at = self.num_tokens + batch_tokens * max(num_steps, _STEPS_OF_DOUBT)
+        return self._doubt
 
     def dead_mask(self) -> Tensor:
         """Bool `[d_sae]`, the same on every rank."""
@@ -77,3 +89,4 @@ class FiringStatistics:
         self.num_window_tokens = counters["num_window_tokens"]
         self.num_last_window_tokens = counters["num_last_window_tokens"]
         self.num_tokens = counters["num_tokens"]
+        self._ask_again_at = 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
 from collections.abc import Iterable, Iterator, Sized
 
@@ -54,8 +53,15 @@ def fit_trainer(
         raise UserError("fit: batches is empty: give at least one [batch, d_in] tensor")
     trainer = SAETrainer(sae, optim, first[0].shape[1], num_steps, seed, mesh)
     trainer.initialise(torch.cat(first).to(mesh.device))
-    for part in itertools.chain(first, parts):
+    while first:
+        trainer.train_step(first.pop(0))
+    for part in parts:
         trainer.train_step(part)
+    if num_skipped := int(trainer.window.num_skipped):
+        raise UserError(
+            f"fit: the gradient was not finite in {num_skipped} of {trainer.step} steps: look for NaN or inf in "
+            "batches, or lower optim.lr"
+        )
     return trainer
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from bigsae.config import TrainConfig, UserError, read_config, to_dict
 from bigsae.hub.files import write_json
+from bigsae.training.checkpoint import checkpoints
 
 # What a resumed run may change: nothing here changes what is computed.
 _MAY_CHANGE = {"output_dir", "resume", "log_every", "lm.shard_size", "lm.replicate_size", "buffer.device"}
@@ -22,6 +23,8 @@ def check_folder(config: TrainConfig) -> None:
         raise UserError(
             f"--output-dir {config.output_dir} already holds a run: go on with --resume, or give another folder"
         )
+    if not checkpoints(Path(config.output_dir) / "checkpoints"):
+        return  # it failed before its first checkpoint: this command starts it afresh, perhaps mended
     before, now = _flat(to_dict(read_config(written))), _flat(to_dict(config))
     for name, value in now.items():
         if before[name] != value and name not in _MAY_CHANGE and name.split(".")[0] not in _MAY_CHANGE_UNDER:

@@ -49,6 +49,8 @@ class Run:
     stop: StopSignal
     finished: bool = False
     """Whether the newest checkpoint is that of a run which has ended."""
+    saved_step: int | None = None
+    """Step of the newest checkpoint."""
     metrics: MetricsFile = field(init=False)
     _clock: dict[str, float] = field(default_factory=dict)
 
@@ -78,7 +80,8 @@ def train(run: Run) -> str:
         if run.finished:
             _log(run, bar)
             bar.activity("measuring")
-            _measure(run)
+            if not _measures_now(run):
+                _measure(run)
             bar.activity("saving")
             _export(run)
         _save(run)
@@ -92,7 +95,7 @@ def _steps(run: Run, bar: ProgressBar) -> tuple[str, str]:
     while run.step < config.num_steps:
         bar.activity("harvesting")
         filled = run.harvest.fill(run.step, lambda: run.stop.number is not None)
-        if run.step == 0:
+        if run.step == 0 and run.saved_step is None:
             _check_one_batch(run)
         if not filled:
             return _why_not_filled(run)
@@ -103,24 +106,34 @@ def _steps(run: Run, bar: ProgressBar) -> tuple[str, str]:
         bar.advance(run.step)
         if run.step % config.log_every == 0:
             _log(run, bar)
+        if _measures_now(run):
+            _measure(run)
         if run.step == config.num_steps:
             break
-        if config.eval.every and run.step % config.eval.every == 0:
-            _measure(run)
         if config.checkpoint.every and run.step % config.checkpoint.every == 0:
             _save(run)
         if run.step % _CONTROL_INTERVAL == 0 and _someone_stops(run):
-            return "preempted", f"signal {run.stop.number or 'to another rank'}"
+            return _stopped(run)
     return "finished", "all tokens trained"
+
+
+def _measures_now(run: Run) -> bool:
+    every = run.config.eval.every
+    return every > 0 and run.step > 0 and run.step % every == 0
 
 
 def _someone_stops(run: Run) -> bool:
     return bool(collectives.max_ints([run.stop.number is not None], run.mesh.control)[0])
 
 
+def _stopped(run: Run) -> tuple[str, str]:
+    logger.info("told to stop: saving a checkpoint at step %d, --resume goes on from there", run.step)
+    return "preempted", f"signal {run.stop.number or 'to another rank'}"
+
+
 def _why_not_filled(run: Run) -> tuple[str, str]:
     if run.harvest.refilling:
-        return "preempted", f"signal {run.stop.number or 'to another rank'}"
+        return _stopped(run)
     return "finished", f"the data ended after {run.config.data.epochs} epochs"
 
 
@@ -152,7 +165,7 @@ def _restart_clock(run: Run) -> None:
 
 def _log(run: Run, bar: ProgressBar) -> None:
     """One row for each hookpoint, on the progress bar and to the trackers; stops where numbers are no numbers."""
-    if not run.trainers or next(iter(run.trainers.values())).window.num_steps == 0:
+    if next(iter(run.trainers.values())).window.num_steps == 0:
         return
     metrics = {name: trainer.read_metrics() for name, trainer in run.trainers.items()}
     seconds = time.perf_counter() - run._clock["time"]
@@ -165,14 +178,18 @@ def _log(run: Run, bar: ProgressBar) -> None:
     }
     _restart_clock(run)
     for name, values in metrics.items():
-        if values["num_skipped_steps"]:
-            raise UserError(
-                f"the gradient of {name} was not finite in {values['num_skipped_steps']:.0f} of the last steps up to "
-                f"step {run.step}: lower --optim.lr, or resume from the last checkpoint with other data"
-            )
+        _refuse_skipped(run, name, values["num_skipped_steps"])
         lr = run.trainers[name].peak_lr * run.trainers[name].schedule(run.step - 1)
         _write_row(run, name, values | {"lr": lr} | timing)
     bar.show(run.step, next(iter(metrics.values())) | timing)
+
+
+def _refuse_skipped(run: Run, hookpoint: str, num_skipped: float) -> None:
+    if num_skipped:
+        raise UserError(
+            f"the gradient of {hookpoint} was not finite in {num_skipped:.0f} of the last steps up to step {run.step}: "
+            "lower --optim.lr, and give another --output-dir"
+        )
 
 
 def _write_row(run: Run, hookpoint: str, values: dict[str, float]) -> None:
@@ -209,7 +226,11 @@ def _export(run: Run) -> None:
 
 
 def _save(run: Run) -> None:
-    """A checkpoint of all there is."""
+    """A checkpoint of all there is, unless the newest one holds it already."""
+    if run.saved_step == run.step and not run.finished:
+        return
+    for name, trainer in run.trainers.items():
+        _refuse_skipped(run, name, trainer.window.num_skipped.item())
     start = time.perf_counter()
     tensors = {
         f"{name}/{key}": t for name, trainer in run.trainers.items() for key, t in trainer.tensors().items()
@@ -225,12 +246,22 @@ def _save(run: Run) -> None:
     }
     folder = run.out / "checkpoints"
     checkpoint.save(folder, run.step, tensors, own, state, rank_state, run.config.checkpoint.keep, run.mesh)
+    run.saved_step = run.step
     run._clock["time"] += time.perf_counter() - start
 
 
 def resume(run: Run) -> None:
     """Go on from the newest whole checkpoint of the run's folder; where there is none, say so and start afresh."""
     whole = checkpoint.checkpoints(run.out / "checkpoints")
+    newest = checkpoint.step_of(whole[-1]) if whole else -1
+    if (
+        -collectives.max_ints([-newest], run.mesh.control)[0]
+        != collectives.max_ints([newest], run.mesh.control)[0]
+    ):
+        raise UserError(
+            f"--resume: not all ranks find the same newest checkpoint in {run.out}: --output-dir must lie on a file "
+            "system that all nodes share"
+        )
     if not whole:
         logger.warning("--resume: %s holds no whole checkpoint, starting afresh", run.out)
         if run.mesh.is_main:
@@ -249,6 +280,7 @@ def resume(run: Run) -> None:
     checkpoint.load_tensors(whole[-1], tensors, own, run.mesh)
     run.harvest.load(waiting, rank_state["buffer"], rank_state["refilling"])
     run.rows.load_state_dict(rank_state["data"])
+    run.saved_step = run.step
     if run.mesh.is_main:
         run.metrics.truncate_after(run.step)
     logger.info("resumed %s at step %d", whole[-1], run.step)

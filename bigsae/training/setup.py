@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from importlib.metadata import version
 from typing import Any
@@ -51,17 +52,17 @@ def prepare(config: TrainConfig, stop: StopSignal) -> tuple[Run, Callable[[], No
     sites = locate(meta, resolve_hookpoints(config.hookpoints, meta))
     for site in sites:
         cfg.resolve_d_sae(config.sae, site.d_in)
-    source = tokens.open_dataset(config.dataset, config.data)
-    tokenizer = None
-    if not source.pretokenised or config.data.drop_special_tokens:
-        tokenizer = tokens.load_tokenizer(config.model, config.lm.revision, config.lm.trust_remote_code)
-        tokens.check_vocabulary(tokenizer, vocab_size(lm_config))
-    rows = tokens.TokenRows(
-        source, tokenizer, config.ctx_len, config.data, config.seed, mesh.rank, mesh.num_ranks
-    )
-    rows.begin()
-    heldout = _heldout(config, source, tokenizer, mesh)
-    collectives.barrier(mesh.control)  # whatever a rank can find wrong, it has found before weights are read
+    with _errors_shared(mesh):
+        source = tokens.open_dataset(config.dataset, config.data)
+        tokenizer = None
+        if not source.pretokenised or config.data.drop_special_tokens:
+            tokenizer = tokens.load_tokenizer(config.model, config.lm.revision, config.lm.trust_remote_code)
+            tokens.check_vocabulary(tokenizer, vocab_size(lm_config))
+        rows = tokens.TokenRows(
+            source, tokenizer, config.ctx_len, config.data, config.seed, mesh.rank, mesh.num_ranks
+        )
+        rows.begin()
+        heldout = _heldout(config, source, tokenizer, mesh)
 
     model = load_lm(config.model, config.lm, meta, layout, mesh.device, sites)
     trained_on = _trained_on(config, tokenizer, vocab_size(lm_config))
@@ -77,7 +78,7 @@ def prepare(config: TrainConfig, stop: StopSignal) -> tuple[Run, Callable[[], No
         rows,
         heldout,
         trainers,
-        _metadata(config, tokenizer),
+        _metadata(config, rows),
         _tracker(accelerator, config),
         stop,
     )
@@ -96,6 +97,18 @@ def prepare(config: TrainConfig, stop: StopSignal) -> tuple[Run, Callable[[], No
             tracker.finish()
 
     return run, close
+
+
+@contextmanager
+def _errors_shared(mesh: Mesh) -> Iterator[None]:
+    """What one rank finds wrong with its part of the data all raise, so that rank 0 has it to print."""
+    message = ""
+    try:
+        yield
+    except UserError as error:
+        message = str(error)
+    if message := collectives.first_text(message, mesh.control):
+        raise UserError(message)
 
 
 def _accelerator(wandb: WandbConfig) -> Accelerator:
@@ -178,7 +191,7 @@ def _harvest(
     )
 
 
-def _metadata(config: TrainConfig, tokenizer: Any) -> dict[str, Any]:
+def _metadata(config: TrainConfig, rows: tokens.TokenRows) -> dict[str, Any]:
     """What an exported SAE says of its origin, in SAELens's terms."""
     return {
         "bigsae_version": version("bigsae"),
@@ -186,7 +199,7 @@ def _metadata(config: TrainConfig, tokenizer: Any) -> dict[str, Any]:
         "model_class_name": "AutoModelForCausalLM",
         "dataset_path": config.dataset,
         "context_size": config.ctx_len,
-        "prepend_bos": tokenizer is not None and tokenizer.bos_token_id is not None,
+        "prepend_bos": rows.layout.bos is not None,
     }
 
 

@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import signal
+import time
 from types import FrameType, TracebackType
+
+_PATIENCE_SECONDS = 2.0
 
 
 class StopSignal:
-    """A context in which SIGTERM and SIGINT only set `number`; a second one ends the process as usual."""
+    """A context in which SIGTERM and SIGINT only set `number`.
+
+    A cluster's SIGTERM reaches a worker twice, from the cluster and forwarded by its launcher: repeats are ignored (the
+    launcher's SIGKILL follows after 30 s anyway). A second Ctrl-C, a while after the first, interrupts as usual.
+    """
 
     def __init__(self) -> None:
         self.number: int | None = None
+        self._first = 0.0
         self._before: dict[int, object] = {}
 
     def __enter__(self) -> StopSignal:
@@ -21,13 +29,11 @@ class StopSignal:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._restore()
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        self.number = number
-        # torchrun sends SIGTERM after the terminal's SIGINT: only a repeated one is an order to leave at once.
-        signal.signal(number, self._before[number])  # pyright: ignore[reportArgumentType]
-
-    def _restore(self) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)  # pyright: ignore[reportArgumentType]
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.number is None:
+            self.number, self._first = number, time.monotonic()
+        elif number == signal.SIGINT and time.monotonic() - self._first > _PATIENCE_SECONDS:
+            raise KeyboardInterrupt

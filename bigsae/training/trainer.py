@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import logging
 from typing import Any
 
 import torch
@@ -20,8 +19,6 @@ from bigsae.training.initialise import activation_scale, decoder_bias
 from bigsae.training.metrics import WindowSums
 from bigsae.training.optim import adam_step, build_adam, gradient_norm, project_rows_, renormalise_rows_
 from bigsae.training.schedule import lr_schedule
-
-logger = logging.getLogger("bigsae")
 
 
 class SAETrainer:
@@ -59,9 +56,11 @@ class SAETrainer:
         """One step on this rank's part `x` [batch / ranks, d_in] of a global batch, in the LM's own scale."""
         assert self.initialised
         num_tokens = len(x) * self.mesh.num_ranks
-        x = x.to(self.mesh.device, torch.float32) * self.scale
+        x = x.to(self.mesh.device, non_blocking=True).float() * self.scale
         moments = global_moments(x, num_tokens, self.mesh.data)
-        output = self.sae.training_forward(x, StepContext(moments, self._dead_latents(), self.mesh.data))
+        output = self.sae.training_forward(
+            x, StepContext(moments, self._dead_latents(num_tokens), self.mesh.data)
+        )
         output.loss.backward()
         grad_norm, skipped = self._update()
         with torch.no_grad():
@@ -69,13 +68,12 @@ class SAETrainer:
             self.window.add(moments, output, grad_norm, skipped)
         self.step += 1
 
-    def _dead_latents(self) -> DeadLatents | None:
-        if not self.firing.can_be_dead:
+    def _dead_latents(self, num_tokens: int) -> DeadLatents | None:
+        if not self.firing.may_be_dead(num_tokens):
             return None
         mask = self.firing.dead_mask()
         num_dead = mask.sum()
-        # To ask a GPU whether there are any would stall the step: there AuxK runs with its weight at 0 instead.
-        if mask.device.type == "cpu" and not num_dead:
+        if mask.device.type == "cpu" and not num_dead:  # costs nothing to ask here
             return None
         return DeadLatents(mask, num_dead.float())
 

@@ -17,7 +17,7 @@ import torch.multiprocessing as mp
 def _rank_main(rank: int, num_ranks: int, folder: str, function: Callable, arguments: tuple) -> None:
     os.environ.update(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(num_ranks), LOCAL_WORLD_SIZE=str(num_ranks),
-        MASTER_ADDR="127.0.0.1", MASTER_PORT="0",
+        MASTER_ADDR="127.0.0.1", MASTER_PORT="0", CUDA_VISIBLE_DEVICES="",
     )  # fmt: skip
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=num_ranks)

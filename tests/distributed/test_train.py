@@ -9,9 +9,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from tests.launch import ONE_RANK, TWO_RANKS, checkpoint_tensors, flags, metrics, run, start, write_corpus
 from tests.models import tiny_llama
@@ -125,6 +125,11 @@ def test_sigterm_saves_and_resume_goes_on(home, sharded, tmp_path):
     arguments = options(home, out, lm__shard_size=2)
     process = start(TWO_RANKS, arguments)
     wait_for_rows(out, 6, process)
+    # As a cluster does it: the launcher and its workers are told, and the launcher tells the workers again.
+    workers = psutil.Process(process.pid).children(recursive=True)
+    for worker in workers:
+        worker.send_signal(signal.SIGTERM)
+    time.sleep(0.03)
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=30)
     assert process.returncode != 0
@@ -153,13 +158,11 @@ def test_sigint_on_one_process(home, tmp_path):
 
 
 def test_a_finished_run_resumes_to_nothing(home, sharded):
-    before = (
-        (sharded / "metrics.jsonl").read_bytes(),
-        load_file(sharded / HOOKPOINTS[0] / "sae_weights.safetensors"),
-    )
+    files = ("metrics.jsonl", f"{HOOKPOINTS[0]}/sae_weights.safetensors")
+    before = [(sharded / file).read_bytes() for file in files]
     output = succeed(TWO_RANKS, options(home, sharded, lm__shard_size=2, resume=True))
     assert "is finished" in output
-    assert (sharded / "metrics.jsonl").read_bytes() == before[0]
+    assert [(sharded / file).read_bytes() for file in files] == before
     assert json.loads((sharded / "status.json").read_text())["status"] == "finished"
 
 

@@ -1,14 +1,8 @@
-import os
 from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor
-
-# Triton reads this when it is imported and when a kernel is decorated. With a GPU the kernels run on it; without one
-# they run in Triton's interpreter, on CPU tensors.
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
 
 DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 

@@ -12,7 +12,9 @@ from tests.distributed.ranks import run_ranks
 
 def test_the_device_follows_from_the_local_rank(monkeypatch):
     """Rank 9 of two nodes of eight is the second of its node: there is no device 9."""
+    chosen = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
     monkeypatch.setattr(mesh.dist, "is_initialized", lambda: True)
     monkeypatch.setattr(mesh.dist, "get_world_size", lambda: 16)
     monkeypatch.setattr(mesh.dist, "get_rank", lambda: 9)
@@ -21,7 +23,8 @@ def test_the_device_follows_from_the_local_rank(monkeypatch):
         monkeypatch.setenv(name, value)
     built = build_mesh()
     assert built.device == torch.device("cuda", 1)
-    assert (built.rank, built.local_rank, built.num_local_ranks, built.is_main) == (9, 1, 8, False)
+    assert chosen == [built.device]
+    assert (built.rank, built.num_local_ranks, built.is_main) == (9, 8, False)
 
 
 def test_alone_there_are_no_groups():

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
-from bigsae.config import OptimConfig, SAEConfig
+from bigsae.config import OptimConfig, SAEConfig, UserError
 from bigsae.training.firing import FiringStatistics
 from bigsae.training.fit import fit_trainer
 from bigsae.training.initialise import activation_scale, decoder_bias
@@ -85,7 +86,6 @@ def test_schedule():
 def test_firing_window_and_dead():
     firing = FiringStatistics(3, dead_after_tokens=10, device=CPU, group=None)
     firing.update(torch.tensor([5, 1, 0]), 5)
-    assert not firing.can_be_dead
     firing.update(torch.tensor([5, 0, 0]), 5)
     assert firing.dead_mask().tolist() == [False, False, True]
     torch.testing.assert_close(firing.frequencies(), torch.tensor([1.0, 0.1, 0.0]))
@@ -93,6 +93,69 @@ def test_firing_window_and_dead():
     torch.testing.assert_close(firing.frequencies(), torch.tensor([1.0, 0.1, 0.0]))
     assert firing.dead_mask().tolist() == [False, True, False]
     assert firing.num_tokens_since_fired.tolist() == [5, 10, 0]
+
+
+def test_asking_the_device_seldom_never_misses_a_dead_latent():
+    """Whatever fires when: while `may_be_dead` says no, no latent is dead; and mostly it does not ask."""
+    generator = torch.Generator().manual_seed(0)
+    firing = FiringStatistics(20, dead_after_tokens=2000, device=CPU, group=None)
+    asked, before, said_no = 0, -1, 0
+    for step in range(2000):
+        may = firing.may_be_dead(5)
+        asked, before = asked + (firing._ask_again_at != before), firing._ask_again_at
+        said_no += not may
+        assert may or not firing.dead_mask().any()
+        rates = (
+            torch.full((20,), 0.02) if step < 1500 else torch.cat([torch.zeros(1), torch.full((19,), 0.02)])
+        )
+        firing.update((torch.rand(20, generator=generator) < rates).int(), 5)
+    assert firing.dead_mask().tolist() == [True] + [False] * 19
+    assert said_no > 1000
+    assert asked < 2000 / 20
+
+
+def plain_steps(batches, start, k, lr, clip):
+    """The step of DESIGN's order in plain dense float64: reduce, project, norm, clip, Adam, renormalise."""
+    weights = {name: p.detach().double().requires_grad_() for name, p in start.items()}
+    adam = torch.optim.Adam(list(weights.values()), lr=lr, eps=1e-8)
+    norms = []
+    for batch in batches:
+        x = batch.double()
+        pre_acts = (x - weights["b_dec"]) @ weights["W_enc"].T + weights["b_enc"]
+        kth = pre_acts.detach().topk(k).values[:, -1:]
+        latents = torch.where(pre_acts >= kth, pre_acts, 0).relu()
+        residual = x - latents @ weights["W_dec"] - weights["b_dec"]
+        adam.zero_grad()
+        (residual.square().sum() / (x - x.mean(0)).square().sum()).backward()
+        with torch.no_grad():
+            gradient, rows = weights["W_dec"].grad, weights["W_dec"]
+            gradient -= (gradient * rows).sum(1, keepdim=True) * rows
+            norms.append(torch.nn.utils.clip_grad_norm_(weights.values(), clip).item())
+            adam.step()
+            rows /= rows.norm(dim=1, keepdim=True)
+    return weights, sum(norms) / len(norms)
+
+
+def test_the_step_is_the_plain_one():
+    """Projected before the norm, all four gradients in it, clipped (hard), and Adam sees what is left."""
+    batches = [torch.randn(64, 12, generator=torch.Generator().manual_seed(i)) + 1 for i in range(4)]
+    config = SAEConfig(k=3, d_sae=30, normalize="none", init_tokens=64)
+    optim = OptimConfig(lr=0.01, warmup_steps=0, decay_fraction=0, grad_clip=0.05, eps=1e-8)
+    start = fit_trainer(batches[:1], config, replace(optim, lr=1e-12), seed=0, num_steps=1)
+    expected, norm = plain_steps(batches, dict(start.sae.named_parameters()), 3, 0.01, 0.05)
+    trainer = fit_trainer(batches, config, optim, seed=0, num_steps=None)
+    metrics = trainer.read_metrics()
+    assert metrics["grad_norm"] == pytest.approx(norm, rel=1e-4)
+    assert norm > 2 * 0.05  # the clip bites
+    for name, parameter in trainer.sae.named_parameters():
+        torch.testing.assert_close(parameter.double(), expected[name], rtol=0, atol=2e-5, msg=name)
+
+
+def test_batches_that_are_no_numbers_are_refused():
+    batches = [torch.randn(32, 8) for _ in range(3)]
+    batches[1][0, 0] = torch.nan
+    with pytest.raises(UserError, match="not finite in 1 of 3 steps"):
+        fit_trainer(batches, SAEConfig(k=2, d_sae=16, init_tokens=32), OptimConfig(), seed=0, num_steps=None)
 
 
 def test_scale_brings_the_mean_norm_to_sqrt_d_in():
