@@ -83,6 +83,9 @@ MISTAKES = {
         r"--dataset .* holds less than one batch: lower --batch-size-tokens",
     ),
     "all held out": ({"data__heldout_documents": 12}, r"--data\.heldout-documents 12"),
+    "rows of nothing": ({"eval__rows": 5}, r"--eval\.every and --eval\.rows need .*--data\.heldout-documents"),
+    "no project": ({"wandb__name": "x"}, r"--wandb\.name .*--wandb\.project"),
+    "no auxk": ({"sae__k_aux": 3, "sae__auxk_coefficient": 0}, r"--sae\.k-aux does nothing"),
     "nothing held out": ({"eval__every": 5}, r"--eval\.every .*--data\.heldout-documents"),
     "layout": ({"lm__shard_size": 3}, r"--lm\.shard-size"),
     "kwargs": ({"lm__kwargs": "{attn"}, r"--lm\.kwargs is not JSON"),
@@ -151,6 +154,15 @@ def test_an_output_folder_that_holds_a_run(home, tmp_path, monkeypatch, capsys):
     message = refused(monkeypatch, capsys, arguments(home, out, resume=True, tokens=1280))
     assert "--tokens is 1280" in message
     assert call(monkeypatch, arguments(home, out, resume=True, log_every=3)) == 0
+
+
+def test_a_run_that_failed_before_its_first_checkpoint_can_be_mended(home, tmp_path, monkeypatch, capsys):
+    out, wrong = tmp_path / "out", {"batch_size_tokens": 50_000, "tokens": 50_000, "buffer__tokens": 50_000}
+    refused(monkeypatch, capsys, arguments(home, out, **wrong))
+    assert json.loads((out / "status.json").read_text())["status"] == "failed"
+    assert "already holds a run" in refused(monkeypatch, capsys, arguments(home, out))
+    assert call(monkeypatch, arguments(home, out, resume=True)) == 0
+    assert json.loads((out / "config.json").read_text())["batch_size_tokens"] == 64
 
 
 def test_resume_where_there_is_nothing_starts_afresh_and_says_so(home, tmp_path, monkeypatch, caplog):

@@ -14,7 +14,7 @@ from typing import Literal
 
 from bigsae.config import LMConfig, UserError
 
-# Names and numbers of torch's FSDP1 ShardingStrategy, which accelerate passes through; FSDP2 always says FULL_SHARD.
+# Names and numbers of torch's FSDP1 ShardingStrategy, which accelerate passes through as they stand in its file.
 _FULL_SHARD = ("FULL_SHARD", "SHARD_GRAD_OP", "1", "2")
 _NO_SHARD = ("NO_SHARD", "3")
 _HYBRID_SHARD = ("HYBRID_SHARD", "HYBRID_SHARD_ZERO2", "_HYBRID_SHARD_ZERO2", "4", "5")

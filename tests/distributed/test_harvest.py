@@ -101,6 +101,17 @@ def test_activations_that_are_no_numbers_stop_every_rank():
         assert "--lm.dtype" in message
 
 
+def test_rows_of_special_tokens_alone_are_an_error_and_no_endless_refill():
+    buffer = ActivationBuffer({"x": 2}, CAPACITY, 64 * CTX, torch.float32, torch.device("cpu"), 0, 0)
+    nothing = iter(torch.full((100_000, CTX), SPECIAL))
+    harvest = Harvest(
+        nothing, lambda ids: {"x": torch.zeros(*ids.shape, 2)}, lambda ids: ids != SPECIAL, buffer, 64, CTX, BATCH,
+        build_mesh(),
+    )  # fmt: skip
+    with pytest.raises(UserError, match="special tokens alone"):
+        harvest.fill(0, lambda: False)
+
+
 def stop_within_a_refill() -> list[int]:
     """Rank 0 asks to stop before its third forward; going on afterwards reads what a straight run reads."""
     mesh = build_mesh()

@@ -12,6 +12,7 @@ import torch
 
 import bigsae
 from bigsae.config import UserError
+from bigsae.training.run import Preempted
 from tests.launch import metrics, write_corpus
 from tests.models import english, tiny_llama
 
@@ -73,6 +74,54 @@ def test_one_epoch_ends_the_run(home, config):
     assert 50 < end["step"] < 10**4
     assert metrics(Path(config.output_dir))[-1]["step"] == end["step"]
     assert torch.equal(bigsae.load_sae(Path(config.output_dir) / "model.layers.1").W_dec, sae.W_dec)
+
+
+def test_data_that_ends_on_a_saved_and_measured_step_is_finished_once(config):
+    """The end is found after the checkpoint of the same step was written."""
+    data = replace(config.data, epochs=1, heldout_documents=2)
+    config = replace(
+        config,
+        tokens=10**9,
+        data=data,
+        checkpoint=replace(config.checkpoint, every=1),
+        eval=replace(config.eval, every=1),
+    )
+    bigsae.train_saes(config)
+    before = metrics(Path(config.output_dir))
+    assert len({row["step"] for row in before if "heldout_fvu" in row}) == sum(
+        "heldout_fvu" in r for r in before
+    )
+    bigsae.train_saes(replace(config, resume=True))
+    assert metrics(Path(config.output_dir)) == before
+    assert status(config)["status"] == "finished"
+
+
+def test_going_on_within_the_first_filling_of_the_buffer(config, monkeypatch):
+    """Stopped before the first step, and past the end of an epoch: nothing is held against the data."""
+    from bigsae.training import loop
+
+    buffer = replace(config.buffer, tokens=20_000)
+    config = replace(config, buffer=buffer, batch_size_tokens=4096, tokens=4 * 4096)
+    calls = 0
+
+    def harvest_stopped(self, step, should_stop, plain=loop.Harvest.fill):
+        def stop_late() -> bool:
+            nonlocal calls
+            calls += 1
+            return calls == 200
+
+        return plain(self, step, stop_late)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.Harvest, "fill", harvest_stopped)
+        with pytest.raises(Preempted):
+            bigsae.train_saes(config)
+    assert status(config)["step"] == 0
+    resumed = bigsae.train_saes(replace(config, resume=True))["model.layers.1"]
+    straight = bigsae.train_saes(replace(config, output_dir=config.output_dir + "-straight"))[
+        "model.layers.1"
+    ]
+    assert torch.equal(resumed.W_dec, straight.W_dec)
 
 
 def test_hookpoints_of_all_kinds_from_one_forward(config):
