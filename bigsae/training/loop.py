@@ -227,7 +227,7 @@ def _export(run: Run) -> None:
 
 def _save(run: Run) -> None:
     """A checkpoint of all there is, unless the newest one holds it already."""
-    if run.saved_step == run.step and not run.finished:
+    if run.saved_step == run.step and not run.finished and not run.harvest.refilling:
         return
     for name, trainer in run.trainers.items():
         _refuse_skipped(run, name, trainer.window.num_skipped.item())

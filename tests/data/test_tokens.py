@@ -224,11 +224,13 @@ def test_heldout_documents_are_never_trained_on(kind, num_heldout):
         assert not torch.equal(heldout_rows(source, None, 4, data, 1, 10_000), held)
 
 
-def test_heldout_text_is_packed_like_all_text(tokenizer):
+def test_heldout_text_is_packed_like_all_text_in_turn(tokenizer):
     documents = texts(30)
     source = make_source("modulo", {"text": documents})
     data = DataConfig(num_shards=4, heldout_documents=6)
-    expected, _ = naive_rows(documents[:6], tokenizer, 21)
+    rows = [naive_rows([document], tokenizer, 21)[0] for document in documents[:6]]
+    expected = [own[turn] for turn in range(max(map(len, rows))) for own in rows if turn < len(own)]
+    assert len(expected) > 6
     assert heldout_rows(source, tokenizer, 21, data, 0, 100).tolist() == expected
     assert heldout_rows(source, tokenizer, 21, DataConfig(), 0, 100).shape == (0, 21)
 

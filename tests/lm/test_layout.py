@@ -110,7 +110,8 @@ def test_accelerate_launch_exports_what_we_read(tmp_path: Path, config: str, exp
         "from bigsae.lm.layout import resolve_layout\n"
         "ranks = int(os.environ['WORLD_SIZE']), int(os.environ['LOCAL_WORLD_SIZE'])\n"
         "layout = resolve_layout(LMConfig(), *ranks)\n"
-        "print('layout:', layout.kind, layout.shard_size, layout.replicate_size, flush=True)\n"
+        # In one write: what two ranks print in pieces comes mixed.
+        "os.write(1, f'layout: {layout.kind} {layout.shard_size} {layout.replicate_size}\\n'.encode())\n"
     )
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(yaml), str(script)]
     root = str(Path(__file__).parents[2])
