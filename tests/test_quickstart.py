@@ -60,7 +60,7 @@ def test_a_second_run_reuses_what_is_there(finished):
 
 
 def test_saelens_agrees_on_the_models_own_activations(finished):
-    """In the model's own scale, where the sink at position 0 is a hundred times as long as the rest."""
+    """In the model's own scale, the sink at position 0 included, which training left out."""
     sae_lens = pytest.importorskip("sae_lens")
     model = AutoModelForCausalLM.from_pretrained(ROOT / ".quickstart/SmolLM2-135M", dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(ROOT / ".quickstart/SmolLM2-135M")
@@ -70,7 +70,7 @@ def test_saelens_agrees_on_the_models_own_activations(finished):
         x = model(ids, output_hidden_states=True).hidden_states[7][0]  # what layer 6 returns
         folder = finished[0] / "model.layers.6"
         ours, theirs = bigsae.load_sae(folder), sae_lens.SAE.load_from_disk(folder, device="cpu")
-        assert x.norm(dim=1).max() > 10 * x.norm(dim=1).median()
+        assert x[0].norm() > 5 * x.norm(dim=1).median()
         torch.testing.assert_close(ours.encode(x), theirs.encode(x), rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(ours(x), theirs(x), rtol=1e-5, atol=1e-5)
         body = x[1:]
