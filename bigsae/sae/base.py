@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Any, ClassVar
 
 import torch
@@ -14,7 +15,7 @@ from bigsae.seeds import derive_seed
 _INIT_BLOCK = 4096
 
 
-class SAE(nn.Module):
+class SAE(nn.Module, ABC):
     """A sparse autoencoder. `W_enc` and `W_dec` are both `[d_sae, d_in]`: one latent, one row."""
 
     architecture: ClassVar[str]
@@ -43,9 +44,9 @@ class SAE(nn.Module):
         self.b_enc.zero_()
         self.b_dec.zero_()
 
+    @abstractmethod
     def encode(self, x: Tensor) -> Tensor:
         """Latents of activations in the LM's own scale: `[..., d_in]` to dense `[..., d_sae]`."""
-        raise NotImplementedError
 
     def decode(self, latents: Tensor) -> Tensor:
         """Reconstruction from dense latents: `[..., d_sae]` to `[..., d_in]`."""
@@ -60,9 +61,9 @@ class SAE(nn.Module):
         """Reconstruction of `[..., d_in]`."""
         return self.reconstruct(x)[0]
 
+    @abstractmethod
     def training_forward(self, x: Tensor, context: StepContext) -> StepOutput:
         """Loss and statistics of `x` [batch, d_in], this rank's part of a global batch, in the SAE's units."""
-        raise NotImplementedError
 
     @torch.no_grad()
     def fold_scale_(self, scale: float) -> None:
@@ -70,9 +71,9 @@ class SAE(nn.Module):
         self.b_enc.div_(scale)
         self.b_dec.div_(scale)
 
+    @abstractmethod
     def saelens_config(self) -> dict[str, Any]:
         """What SAELens's cfg.json says of this architecture beyond the common fields."""
-        raise NotImplementedError
 
     def save(self, folder: str) -> None:
         """Write cfg.json and sae_weights.safetensors, SAELens's format, to `folder`."""
