@@ -77,8 +77,7 @@ class SAE(nn.Module, ABC):
 
     def save(self, folder: str) -> None:
         """Write cfg.json and sae_weights.safetensors, SAELens's format, to `folder`."""
-        from bigsae.hub.saelens import (
-            save_sae,
-        )  # a leaf of hub/; hub imports sae, never the other way at load time
+        # Opened when called: hub imports sae, and nothing imports the other way when it is loaded.
+        from bigsae.hub.saelens import save_sae
 
         save_sae(self, folder)
