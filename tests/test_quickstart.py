@@ -18,13 +18,13 @@ ROOT = Path(__file__).parent.parent
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 
-def quickstart(out: Path) -> str:
-    """Its output, for a run in `out`."""
+def quickstart(out: Path, *flags: str) -> str:
+    """Its output, for a run in `out` with more `flags`."""
     env = {
         k: v for k, v in os.environ.items() if k not in ("OMP_NUM_THREADS", "TRITON_INTERPRET", "VIRTUAL_ENV")
     }
     done = subprocess.run(
-        ["bash", "scripts/quickstart.sh", "--output-dir", str(out)],
+        ["bash", "scripts/quickstart.sh", "--output-dir", str(out), *flags],
         cwd=ROOT,
         env=env,
         capture_output=True,
@@ -76,3 +76,14 @@ def test_saelens_agrees_on_the_models_own_activations(finished):
         body = x[1:]
         fvu = (ours(body) - body).square().sum() / (body - body.mean(0)).square().sum()
     assert fvu < 0.2
+
+
+def test_jumprelu_reaches_its_target(tmp_path):
+    """Trainers of it are known to get stuck: at the L0 they start with, or with everything dead."""
+    out = tmp_path / "run"
+    output = quickstart(out, "--sae.architecture", "jumprelu", "--sae.target-l0", "32")
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    last = [row for row in rows if "heldout_fvu" in row][-1]
+    assert last["heldout_l0"] == pytest.approx(32, rel=0.1), output
+    assert [row for row in rows if "l0" in row][-1]["l0"] == pytest.approx(32, rel=0.1), output
+    assert last["heldout_fvu"] <= 0.12

@@ -1,125 +1,163 @@
 """SAELens's format (checked against 6.54), which is also the native one: cfg.json, sae_weights.safetensors,
 sparsity.safetensors. SAELens keeps W_enc as [d_in, d_sae]; this is the one place that transposes it.
+
+It has no class for BatchTopK: an SAE with one threshold is a JumpReLU SAE whose thresholds are equal, and read as one.
 """
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, cast
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from bigsae.config import UserError
-from bigsae.hub.files import write_atomic, write_json
-from bigsae.sae.base import SAE
+from bigsae.hub.weights import check_k, check_tensors, counts, fill, read_json, read_safetensors, unit_decoder
+from bigsae.sae.base import SAE, Shape
+from bigsae.sae.gated import GatedSAE
+from bigsae.sae.jumprelu import JumpReLUSAE
+from bigsae.sae.standard import StandardSAE
 from bigsae.sae.topk import TopKSAE
 
-# The version whose reader these files were checked with; SAELens refuses to read files of versions before 6.0.
-_SAELENS_VERSION = "6.54.12"
+WEIGHTS = "sae_weights.safetensors"
+# The version whose reader these files were checked with; SAELens reads files of versions before 6.0 in another way.
+_VERSION = "6.54.12"
+
+# Tensors [d_sae] of each of SAELens's architectures that is read.
+_VECTORS: dict[str, tuple[str, ...]] = {
+    "topk": ("b_enc",),
+    "jumprelu": ("b_enc", "threshold"),
+    "gated": ("b_gate", "b_mag", "r_mag"),
+    "standard": ("b_enc",),
+    "transcoder": ("b_enc",),
+    "skip_transcoder": ("b_enc",),
+    "jumprelu_transcoder": ("b_enc", "threshold"),
+    "jumprelu_skip_transcoder": ("b_enc", "threshold"),
+}
+# What versions before 6.0 have beside the SAE's own configuration, and is kept.
+_METADATA = ("model_name", "hook_head_index", "prepend_bos", "context_size", "dataset_path")
+_CLASSES = {"gated": GatedSAE, "standard": StandardSAE}
 
 
-def save_sae(sae: SAE, folder: str | Path, frequencies: Tensor | None = None) -> None:
-    """Write `sae`, already in the LM's own scale, so that `sae_lens.SAE.load_from_disk(folder)` reads it.
-
-    `frequencies` [d_sae], where given, become sparsity.safetensors: log10(frequency + 1e-10). cfg.json comes last:
-    a folder that has one is whole.
-    """
-    folder = Path(folder)
-    tensors = {
-        "W_enc": sae.W_enc.detach().T,
-        "W_dec": sae.W_dec.detach(),
-        "b_enc": sae.b_enc.detach(),
-        "b_dec": sae.b_dec.detach(),
-    }
-    weights = {name: t.to("cpu", torch.float32).contiguous() for name, t in tensors.items()}
-    write_atomic(folder / "sae_weights.safetensors", lambda path: save_file(weights, path))
-    if frequencies is not None:
-        sparsity = {"sparsity": torch.log10(frequencies.cpu().float() + 1e-10)}
-        write_atomic(folder / "sparsity.safetensors", lambda path: save_file(sparsity, path))
+def exported(sae: SAE) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What cfg.json and the weights' file hold for `sae`. Raises UserError where SAELens has no class for it."""
+    extra = sae.saelens_config()
+    if (sae.is_transcoder or sae.W_skip is not None) and not extra["architecture"].endswith("transcoder"):
+        fix = 'save it with format="sparsify"' if isinstance(sae, TopKSAE) else "it cannot be saved"
+        raise UserError(f"SAELens has no class for a {sae.architecture} transcoder: {fix}")
+    assert not (sae.is_transcoder and sae.shape.normalize != "none")
+    tensors = sae.saelens_tensors()
+    tensors["W_enc"] = tensors["W_enc"].T
     config = {
-        "architecture": sae.architecture,
         "d_in": sae.d_in,
         "d_sae": sae.d_sae,
         "dtype": "float32",
         "device": "cpu",
-        "apply_b_dec_to_input": True,
-        "normalize_activations": "none",
+        "apply_b_dec_to_input": sae.shape.apply_b_dec_to_input and not sae.is_transcoder,
+        "normalize_activations": sae.shape.normalize,
         "reshape_activations": "none",
-        **sae.saelens_config(),
-        "metadata": {"sae_lens_version": _SAELENS_VERSION, **sae.metadata},
+        **extra,
+        # Last: what was read from a file of an older version is written as this one.
+        "metadata": sae.metadata | {"sae_lens_version": _VERSION},
     }
-    write_json(folder / "cfg.json", config)
+    if sae.is_transcoder:
+        config["d_out"] = sae.d_out
+    return config, tensors
 
 
-def read_sae(folder: str | Path) -> SAE:
-    """The SAE that `save_sae`, or SAELens, wrote to `folder`. Raises UserError where it cannot be one of ours."""
-    folder = Path(folder)
-    config = _read_config(folder / "cfg.json")
-    _refuse_other_kinds(config, folder)
-    try:
-        tensors = load_file(folder / "sae_weights.safetensors")
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{folder}/sae_weights.safetensors cannot be read: {error}") from None
-    d_in, d_sae, k = (config.get(name) for name in ("d_in", "d_sae", "k"))
-    if not (
-        isinstance(d_in, int)
-        and isinstance(d_sae, int)
-        and isinstance(k, int)
-        and 0 < k <= d_sae
-        and d_in > 0
-    ):
-        raise UserError(f"{folder}/cfg.json: d_in {d_in!r}, d_sae {d_sae!r}, k {k!r} describe no TopK SAE")
-    shapes = {"W_enc": (d_in, d_sae), "W_dec": (d_sae, d_in), "b_enc": (d_sae,), "b_dec": (d_in,)}
-    found = {name: tuple(t.shape) for name, t in tensors.items()}
-    if found != shapes:
-        raise UserError(f"{folder}: cfg.json calls for {shapes}, sae_weights.safetensors holds {found}")
-    sae = TopKSAE(d_in, d_sae, k)
+def read(folder: Path) -> SAE:
+    """The SAE that bigsae, or SAELens, wrote to `folder`. Raises UserError where it cannot be one of ours."""
+    path = folder / "cfg.json"
+    config = _as_version_6(read_json(path), path)
+    _refuse_other_kinds(config, path)
+    architecture = config["architecture"]
+    transcoder = architecture.endswith("transcoder")
+    d_in, d_sae = counts(config, path, "d_in", "d_sae")
+    d_out = counts(config, path, "d_out")[0] if transcoder else d_in
+    shapes = {"W_enc": (d_in, d_sae), "W_dec": (d_sae, d_out), "b_dec": (d_out,)}
+    shapes |= dict.fromkeys(_VECTORS[architecture], (d_sae,))
+    if "skip" in architecture:
+        shapes["W_skip"] = (d_out, d_in)
+    tensors = read_safetensors(folder / WEIGHTS)
+    _drop_scaling_factor(tensors, folder / WEIGHTS)
+    check_tensors(tensors, shapes, folder / WEIGHTS)
+    shape = Shape(
+        d_in=d_in,
+        d_sae=d_sae,
+        d_out=d_out if transcoder else None,
+        skip="skip" in architecture,
+        apply_b_dec_to_input=not transcoder and config.get("apply_b_dec_to_input", True),
+        normalize=cast(Literal["none", "layer_norm"], config.get("normalize_activations", "none")),
+    )
     tensors["W_enc"] = tensors["W_enc"].T
-    if config.get("rescale_acts_by_decoder_norm"):
-        _fold_decoder_norm(tensors)
-    with torch.no_grad():
-        for name, parameter in sae.named_parameters():
-            parameter.copy_(tensors[name])
-    metadata = config.get("metadata")
-    sae.metadata = metadata if isinstance(metadata, dict) else {}
-    return sae.requires_grad_(False)
+    if architecture == "topk":
+        (k,) = counts(config, path, "k")
+        check_k(k, d_sae, path)
+        if config.get("rescale_acts_by_decoder_norm"):
+            tensors = unit_decoder(tensors)
+        return fill(TopKSAE(shape, k, device="meta"), tensors, config.get("metadata"))
+    if architecture in ("transcoder", "skip_transcoder"):
+        # Those have a ReLU, which is a JumpReLU with thresholds of 0.
+        tensors["threshold"] = torch.zeros(d_sae)
+    return fill(
+        _CLASSES.get(architecture, JumpReLUSAE)(shape, device="meta"), tensors, config.get("metadata")
+    )
 
 
-def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(path.read_text())
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}): give the folder of an SAE") from None
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON: {error}") from None
-    if not isinstance(config, dict):
-        raise UserError(f"{path} holds no configuration of an SAE")
-    return config
-
-
-def _refuse_other_kinds(config: dict[str, Any], folder: Path) -> None:
-    expected = {
-        "architecture": ("topk",),
-        "normalize_activations": ("none",),
-        "reshape_activations": ("none",),
+def _refuse_other_kinds(config: dict[str, Any], path: Path) -> None:
+    """Find what makes of the same weights another function than ours."""
+    transcoder = str(config.get("architecture")).endswith("transcoder")
+    # Each with the values that are known, and the one that is meant where none is given.
+    known: dict[str, tuple[tuple[Any, ...], Any]] = {
+        "architecture": (tuple(_VECTORS), None),
+        "normalize_activations": (("none",) if transcoder else ("none", "layer_norm"), "none"),
+        "reshape_activations": (("none",), "none"),
+        "apply_b_dec_to_input": ((False,) if transcoder else (True, False), not transcoder),
+        "rescale_acts_by_decoder_norm": ((True, False), False),
     }
-    for name, known in expected.items():
-        value = config.get(name, known[0] if name != "architecture" else None)
-        if value not in known:
+    for name, (values, default) in known.items():
+        value = config.get(name, default)
+        if value not in values:
             raise UserError(
-                f"{folder}/cfg.json: {name} {value!r} cannot be loaded; known is {', '.join(known)}"
+                f"{path}: {name} {value!r} cannot be loaded; known is {', '.join(str(v) for v in values)}"
             )
-    if config.get("apply_b_dec_to_input") is False:
-        raise UserError(f"{folder}/cfg.json: apply_b_dec_to_input false cannot be loaded")
 
 
-def _fold_decoder_norm(tensors: dict[str, Tensor]) -> None:
-    """Make an SAE whose pre_acts are multiplied by ‖W_dec‖ one with unit decoder rows (the same function)."""
-    norm = tensors["W_dec"].norm(dim=1)
-    tensors["W_enc"] = tensors["W_enc"] * norm[:, None]
-    tensors["b_enc"] = tensors["b_enc"] * norm
-    tensors["W_dec"] = tensors["W_dec"] / norm[:, None]
+def _as_version_6(config: dict[str, Any], path: Path) -> dict[str, Any]:
+    """`config` with the names of SAELens 6, if an older version wrote it, as SAELens itself reads it.
+
+    Those have everything about model and data at the top, and TopK's k among arguments of the activation function.
+    """
+    metadata = config.get("metadata")
+    version = config.get("sae_lens_version") or (
+        isinstance(metadata, dict) and metadata.get("sae_lens_version")
+    )
+    if version and not str(version).startswith(("0.", "1.", "2.", "3.", "4.", "5.")):
+        return config
+    hook_name = config.get("hook_name", config.get("hook_point"))
+    activation = config.get("activation_fn", config.get("activation_fn_str", "relu"))
+    metadata = {name: config[name] for name in _METADATA if name in config} | {"hook_name": hook_name}
+    renamed = {"architecture": "standard"} | config | {"metadata": metadata}
+    if "hook_z" in str(hook_name):
+        renamed.setdefault("reshape_activations", "hook_z")
+    if isinstance(config.get("normalize_activations"), bool):
+        renamed["normalize_activations"] = (
+            "expected_average_only_in" if config["normalize_activations"] else "none"
+        )
+    elif config.get("normalize_activations") is None:
+        renamed["normalize_activations"] = "none"
+    if activation == "topk":
+        arguments = config.get("activation_fn_kwargs")
+        renamed |= {"architecture": "topk", "k": arguments.get("k") if isinstance(arguments, dict) else None}
+    elif activation != "relu":
+        # SAELens 6 would take it for a ReLU.
+        raise UserError(f"{path}: activation function {activation!r} cannot be loaded; known is relu, topk")
+    return renamed
+
+
+def _drop_scaling_factor(tensors: dict[str, Tensor], path: Path) -> None:
+    """Older versions wrote a factor on latents for finetuning, ones unless it was used."""
+    factor = tensors.pop("scaling_factor", None)
+    if factor is not None and not bool((factor == 1).all()):
+        raise UserError(f"{path}: its scaling_factor (finetuning_scaling_factor) cannot be loaded")

@@ -5,6 +5,7 @@ batch * d_sae, and the backward touches only the selected latents.
 """
 
 import threading
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -36,22 +37,32 @@ def _slab(rows: int, d_sae: int, like: Tensor) -> Tensor:
     return held[:num_bytes].view(like.dtype).view(rows, d_sae)
 
 
-def _select_pre_acts(
-    x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, mask: Tensor | None, slab_rows: int | None
-) -> tuple[Tensor, Tensor]:
-    """The k best pre-activations [batch, k] and their indices; masked latents come last, as -inf."""
+def pre_acts_by_slab(
+    x: Tensor, W_enc: Tensor, b_enc: Tensor, slab_rows: int | None
+) -> Iterator[tuple[int, Tensor]]:
+    """x @ W_enc.T + b_enc in the dtype of x, no autograd: (first row, [rows, d_sae]) by slabs of slab_rows rows.
+
+    A slab is overwritten by the next: take from it what is needed before going on.
+    """
     batch, d_sae = x.shape[0], W_enc.shape[0]
     if slab_rows is None:
         slab_rows = max(1, _SLAB_BYTES // (d_sae * x.element_size()))
     slab_rows = min(slab_rows, max(batch, 1))
     slab = _slab(slab_rows, d_sae, x)
     W_enc, b_enc = W_enc.to(x.dtype), b_enc.to(x.dtype)
-    top_values = x.new_empty(batch, k)
-    top_indices = torch.empty(batch, k, dtype=torch.int64, device=x.device)
     for start in range(0, batch, slab_rows):
         chunk = x[start : start + slab_rows]
-        stop = start + chunk.shape[0]
-        pre_acts = torch.addmm(b_enc, chunk, W_enc.T, out=slab[: chunk.shape[0]])
+        yield start, torch.addmm(b_enc, chunk, W_enc.T, out=slab[: chunk.shape[0]])
+
+
+def _select_pre_acts(
+    x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, mask: Tensor | None, slab_rows: int | None
+) -> tuple[Tensor, Tensor]:
+    """The k best pre-activations [batch, k] and their indices; masked latents come last, as -inf."""
+    top_values = x.new_empty(x.shape[0], k)
+    top_indices = torch.empty(x.shape[0], k, dtype=torch.int64, device=x.device)
+    for start, pre_acts in pre_acts_by_slab(x, W_enc, b_enc, slab_rows):
+        stop = start + pre_acts.shape[0]
         top_values[start:stop], top_indices[start:stop] = select_topk(pre_acts, k, mask)
     return top_values, top_indices
 
@@ -123,14 +134,17 @@ class _TopKEncode(torch.autograd.Function):
         return dx, dW_enc, db_enc, None, None, None, None
 
 
-def _check_shapes(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, mask: Tensor | None) -> None:
+def check_encoder(x: Tensor, W_enc: Tensor, b_enc: Tensor) -> None:
+    """Raises ValueError unless these are [batch, d_in], [d_sae, d_in] and [d_sae]."""
     if x.dim() != 2 or W_enc.dim() != 2 or x.shape[1] != W_enc.shape[1]:
         raise ValueError(
             f"x must be [batch, d_in] and W_enc [d_sae, d_in], got {tuple(x.shape)} and {tuple(W_enc.shape)}"
         )
-    d_sae = W_enc.shape[0]
-    if b_enc.shape != (d_sae,):
-        raise ValueError(f"b_enc must be [{d_sae}], got {tuple(b_enc.shape)}")
+    if b_enc.shape != W_enc.shape[:1]:
+        raise ValueError(f"b_enc must be [{W_enc.shape[0]}], got {tuple(b_enc.shape)}")
+
+
+def _check_selection(k: int, mask: Tensor | None, d_sae: int) -> None:
     if not 1 <= k <= d_sae:
         raise ValueError(f"k must lie in 1..d_sae = {d_sae}, got {k}")
     if mask is not None and (mask.dtype != torch.bool or mask.shape != (d_sae,)):
@@ -170,7 +184,8 @@ def topk_encode(
     Raises:
         ValueError: if shapes or k do not fit, or mask is not bool [d_sae].
     """
-    _check_shapes(x, W_enc, b_enc, k, mask)
+    check_encoder(x, W_enc, b_enc)
+    _check_selection(k, mask, W_enc.shape[0])
     if slab_rows is not None and slab_rows < 1:
         raise ValueError(f"slab_rows must be at least 1, got {slab_rows}")
     return _TopKEncode.apply(x, W_enc, b_enc, k, mask, relu, slab_rows)  # pyright: ignore[reportReturnType]

@@ -1,6 +1,7 @@
 """The oracle: every op in plain dense torch, in any float dtype. Obvious rather than fast.
 
-`encode` and `decode` are differentiable by autograd; `latent_rows` and `latent_sums` are the sparse gradients.
+`encode`, `decode` and `jumprelu` are differentiable by autograd; `latent_rows` and `latent_sums` are the sparse
+gradients.
 """
 
 import torch
@@ -67,3 +68,30 @@ def latent_rows(coefficients: Tensor, top_indices: Tensor, dense: Tensor, d_sae:
 def latent_sums(coefficients: Tensor, top_indices: Tensor, d_sae: int) -> Tensor:
     """[d_sae]: the sum of the coefficients of each latent."""
     return scatter_dense(coefficients, top_indices, d_sae).sum(0)
+
+
+def select_global(values: Tensor, latents: Tensor, num_keep: int) -> Tensor:
+    """[n] bool: the num_keep first by (value descending, latent ascending, place in the list ascending)."""
+    by_latent = torch.argsort(latents, stable=True)
+    order = by_latent[torch.sort(values[by_latent], descending=True, stable=True).indices]
+    keep = torch.zeros_like(latents, dtype=torch.bool)
+    keep[order[:num_keep]] = True
+    return keep
+
+
+def above(pre_acts: Tensor, bound: Tensor) -> Tensor:
+    """[batch, d_sae] bool: which pre_acts [batch, d_sae] exceed bound [] or [d_sae], or are NaN."""
+    return (pre_acts.double() > bound.double()) | pre_acts.isnan()
+
+
+def jumprelu(pre_acts: Tensor, threshold: Tensor, bandwidth: float) -> tuple[Tensor, Tensor]:
+    """pre_acts [batch, d_sae] above threshold [d_sae], else 0; and 1 there, else 0. Gradients are straight-through.
+
+    The derivative of both steps by the threshold is that of a ramp of width `bandwidth` about it, with pre_acts there
+    taken to equal the threshold: -threshold / bandwidth and -1 / bandwidth within the window, 0 outside.
+    """
+    with torch.no_grad():
+        active = (pre_acts > threshold).to(pre_acts.dtype)
+        slope = ((pre_acts - threshold).abs() / bandwidth < 0.5) / -bandwidth
+    ramp = slope * (threshold - threshold.detach())  # zero, but for its gradient
+    return pre_acts * active + threshold.detach() * ramp, active + ramp

@@ -18,6 +18,7 @@ class LatentMajor:
 
     Attributes:
         top_indices: [batch, k] int64, each in 0..d_sae-1.
+        batch: the number of tokens.
         d_sae: the number of rows of what `rows` and `sums` return.
     """
 
@@ -27,6 +28,7 @@ class LatentMajor:
                 f"top_indices must be int64 [batch, k], got {top_indices.dtype} {tuple(top_indices.shape)}"
             )
         self.top_indices = top_indices.detach()
+        self.batch = top_indices.shape[0]
         self.d_sae = d_sae
 
     @functools.cached_property
@@ -76,7 +78,7 @@ class LatentMajor:
         Raises:
             ValueError: if the shapes do not fit top_indices.
         """
-        if coefficients.shape != self.top_indices.shape or dense.shape[:1] != self.top_indices.shape[:1]:
+        if coefficients.shape != self.top_indices.shape or dense.shape[0] != self.batch:
             raise ValueError(
                 f"coefficients {tuple(coefficients.shape)} and dense {tuple(dense.shape)} do not fit top_indices "
                 f"{tuple(self.top_indices.shape)}"
@@ -100,5 +102,23 @@ class LatentMajor:
 
     def sums(self, coefficients: Tensor, *, dtype: torch.dtype | None = None) -> Tensor:
         """[d_sae]: the sum of each latent's coefficients ([batch, k]); a bias gradient. See `rows`."""
-        ones = coefficients.new_ones(coefficients.shape[0], 1)
+        ones = coefficients.new_ones(self.batch, 1)
         return self.rows(coefficients, ones, dtype=dtype).squeeze(1)
+
+
+class RaggedLatentMajor(LatentMajor):
+    """The same where tokens have varying numbers of latents: num_pairs pairs, token by token, for the batch * k.
+
+    Coefficients, and the top_indices, are then [num_pairs].
+    """
+
+    def __init__(
+        self, latents: Tensor, tokens: Tensor, batch: int, d_sae: int, sorted_as: LatentMajor | None = None
+    ) -> None:
+        """`latents` and `tokens` of each pair, [num_pairs] int64. `sorted_as`: of the same latents, sorted already."""
+        self.top_indices = latents.detach()
+        self.batch = batch
+        self.d_sae = d_sae
+        if sorted_as is not None:
+            self._sorted, self.crow = sorted_as._sorted, sorted_as.crow
+        self.tokens = tokens[self.order]

@@ -20,13 +20,12 @@ CHUNK = 128
 
 @triton.jit
 def _sum_pairs(
-    order_ptr,
+    tokens_ptr,
     coefficients_ptr,
     dense_ptr,
     start,
     stop,
     cols,
-    k,
     d_in,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -35,10 +34,10 @@ def _sum_pairs(
     total = tl.zeros((BLOCK_D,), tl.float32)
     for first in range(start, stop, BLOCK_N):
         pairs = first + tl.arange(0, BLOCK_N)
-        order = tl.load(order_ptr + pairs, mask=pairs < stop, other=0)
-        coefficients = tl.load(coefficients_ptr + order, mask=pairs < stop, other=0.0).to(tl.float32)
+        tokens = tl.load(tokens_ptr + pairs, mask=pairs < stop, other=0)
+        coefficients = tl.load(coefficients_ptr + pairs, mask=pairs < stop, other=0.0).to(tl.float32)
         valid = (pairs < stop)[:, None] & (cols < d_in)[None, :]
-        rows = tl.load(dense_ptr + (order // k)[:, None] * d_in + cols[None, :], mask=valid, other=0.0)
+        rows = tl.load(dense_ptr + tokens[:, None] * d_in + cols[None, :], mask=valid, other=0.0)
         total += tl.sum(coefficients[:, None] * rows.to(tl.float32), axis=0)
     return total
 
@@ -46,11 +45,10 @@ def _sum_pairs(
 @triton.jit
 def _whole_chunks_kernel(
     latents_ptr,  # [num_pairs] int32, ascending
-    order_ptr,  # [num_pairs] int64
-    coefficients_ptr,  # [batch * k]
+    tokens_ptr,  # [num_pairs] int64
+    coefficients_ptr,  # [num_pairs], sorted as the pairs are
     dense_ptr,  # [batch, d_in]
     partial_ptr,  # [num_pairs // CHUNK, d_in] float32; rows of chunks with several latents are not written
-    k,
     d_in,
     CHUNK: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -61,7 +59,7 @@ def _whole_chunks_kernel(
     if tl.load(latents_ptr + start) == tl.load(latents_ptr + start + CHUNK - 1):
         cols = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
         total = _sum_pairs(
-            order_ptr, coefficients_ptr, dense_ptr, start, start + CHUNK, cols, k, d_in, BLOCK_N, BLOCK_D
+            tokens_ptr, coefficients_ptr, dense_ptr, start, start + CHUNK, cols, d_in, BLOCK_N, BLOCK_D
         )
         tl.store(partial_ptr + chunk * d_in + cols, total, mask=cols < d_in)
 
@@ -69,12 +67,11 @@ def _whole_chunks_kernel(
 @triton.jit
 def _latent_rows_kernel(
     crow_ptr,  # [d_sae + 1] int64
-    order_ptr,
+    tokens_ptr,
     coefficients_ptr,
     dense_ptr,
     partial_ptr,
     out_ptr,  # [d_sae, d_in]
-    k,
     d_in,
     CHUNK: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -91,12 +88,12 @@ def _latent_rows_kernel(
     head_stop = tl.where(has_whole, first_whole * CHUNK, stop)
     tail_start = tl.where(has_whole, end_whole * CHUNK, stop)
     total = _sum_pairs(
-        order_ptr, coefficients_ptr, dense_ptr, start, head_stop, cols, k, d_in, BLOCK_N, BLOCK_D
+        tokens_ptr, coefficients_ptr, dense_ptr, start, head_stop, cols, d_in, BLOCK_N, BLOCK_D
     )
     for chunk in range(first_whole, end_whole):
         total += tl.load(partial_ptr + chunk * d_in + cols, mask=cols < d_in, other=0.0)
     total += _sum_pairs(
-        order_ptr, coefficients_ptr, dense_ptr, tail_start, stop, cols, k, d_in, BLOCK_N, BLOCK_D
+        tokens_ptr, coefficients_ptr, dense_ptr, tail_start, stop, cols, d_in, BLOCK_N, BLOCK_D
     )
     tl.store(out_ptr + latent * d_in + cols, total.to(out_ptr.dtype.element_ty), mask=cols < d_in)
 
@@ -109,13 +106,12 @@ def latent_rows(
 
     chunk: pairs to a chunk, a power of two.
     """
-    coefficients, dense = coefficients.contiguous(), dense.contiguous()
-    batch, k = coefficients.shape
+    coefficients, dense = coefficients.flatten()[pattern.order], dense.contiguous()
     d_in = dense.shape[1]
     out = torch.empty((pattern.d_sae, d_in), dtype=dtype, device=dense.device)
     if out.numel() == 0:
         return out
-    num_chunks = batch * k // chunk
+    num_chunks = coefficients.numel() // chunk
     partial = torch.empty((num_chunks, d_in), dtype=torch.float32, device=dense.device)
     options = {
         "CHUNK": chunk,
@@ -126,9 +122,9 @@ def latent_rows(
     num_blocks = triton.cdiv(d_in, options["BLOCK_D"])
     if num_chunks > 0:
         _whole_chunks_kernel[(num_chunks, num_blocks)](
-            pattern.latents, pattern.order, coefficients, dense, partial, k, d_in, **options
+            pattern.latents, pattern.tokens, coefficients, dense, partial, d_in, **options
         )
     _latent_rows_kernel[(pattern.d_sae, num_blocks)](
-        pattern.crow, pattern.order, coefficients, dense, partial, out, k, d_in, **options
+        pattern.crow, pattern.tokens, coefficients, dense, partial, out, d_in, **options
     )
     return out

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
+from bigsae.lm.compiling import compiled_overlap
 from bigsae.lm.hookpoints import Site, activation_of, with_activation
-from bigsae.lm.loading import num_dropped_layers
+from bigsae.lm.loading import num_dropped_layers, runs_under_autocast
 
 
 class Extractor:
@@ -29,24 +30,29 @@ class Extractor:
         """`model` comes from `loading.load_lm`, `sites` (one at least) from `hookpoints.locate`, in its order."""
         if not sites:
             raise ValueError("an extractor needs at least one site")
+        paths = {site.hookpoint.path for site in sites}
+        if layer := compiled_overlap(model, paths):
+            raise ValueError(f"{layer} was compiled: give load_lm all sites of this extractor")
         self.model = model
         self.sites = tuple(sites)
-        envoys = _wrap(model, {site.hookpoint.path for site in sites})
+        envoys = _wrap(model, paths)
         self._hooked = [(site, envoys[site.hookpoint.path]) for site in self.sites]
         self._trace = self._hooked[0][1].trace
         self._device = next(model.parameters()).device
+        self._autocast = runs_under_autocast(model)
 
     @torch.no_grad()
     def __call__(self, ids: Tensor) -> dict[str, Tensor]:
         """Token ids `[rows, ctx]` (moved to the model's device) to `{hookpoint name: [rows, ctx, d_in]}`.
 
-        In the model's dtype and on its device, in the order of the sites; no gradients.
+        On the model's device, in the order of the sites; no gradients. In the model's dtype, or under autocast in
+        float32 or bfloat16, as each module gives it.
         """
         # Moved here: after a stop FSDP's root takes itself to be inside a forward and would not move them.
         ids = ids.to(self._device)
         taken: list[Tensor] = []
         try:
-            with self._trace(input_ids=ids, fn=self.model) as tracer:
+            with self._precision(), self._trace(input_ids=ids, fn=self.model) as tracer:
                 for site, envoy in self._hooked:
                     value = envoy.output if site.hookpoint.side == "output" else envoy.input
                     activation = activation_of(value)
@@ -78,7 +84,7 @@ class Extractor:
         ]
         results: list[Any] = []
         try:
-            with self._trace(input_ids=ids, fn=self.model) as tracer:
+            with self._precision(), self._trace(input_ids=ids, fn=self.model) as tracer:
                 for site, envoy, function in replaced:
                     if site.hookpoint.side == "output":
                         value = envoy.output
@@ -90,6 +96,9 @@ class Extractor:
         finally:
             self._reset()
         return results[0].logits
+
+    def _precision(self) -> torch.autocast:
+        return torch.autocast(self._device.type, torch.bfloat16, enabled=self._autocast)
 
     def _reset(self) -> None:
         """Return FSDP to where it stands between two forwards: every group resharded, no forward under way.
@@ -119,7 +128,8 @@ def _wrap(model: nn.Module, paths: Iterable[str]) -> dict[str, Any]:
 
 
 def _apply(site: Site, function: Callable[[Tensor], Tensor], activation: Tensor) -> Tensor:
-    spliced = function(activation)
+    with torch.autocast(activation.device.type, enabled=False):  # that is for the model alone
+        spliced = function(activation)
     if spliced.shape != activation.shape:
         raise ValueError(
             f"the function for {site.name} gave {tuple(spliced.shape)}, not {tuple(activation.shape)}"

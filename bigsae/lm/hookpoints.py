@@ -81,19 +81,25 @@ def _num_parameters(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def resolve_hookpoints(patterns: Sequence[str], model: PreTrainedModel) -> tuple[Hookpoint, ...]:
+def resolve_hookpoints(
+    patterns: Sequence[str], model: PreTrainedModel, flag: str = "--hookpoints"
+) -> tuple[Hookpoint, ...]:
     """The hookpoints that `patterns` name in `model` (which may lie on the meta device), without duplicates.
 
     A pattern is a module's name, an fnmatch pattern whose `*` stays within one component of the name
     (`model.layers.*.mlp`), a range (`model.layers.{4,8}`, `model.layers.{4..12}`), or a TransformerLens name
     (`blocks.6.hook_resid_post`, which may hold a pattern or range as well); `:input` takes the module's input.
-    Raises UserError, with the nearest names, for one that matches nothing.
+    Raises UserError, with `flag` and the nearest names, for one that matches nothing.
     """
     layers_path, layers = decoder_layers(model)
     names = [name for name, _ in model.named_modules() if name]
     found: dict[str, Hookpoint] = {}
     for pattern in patterns:
-        for hookpoint in _matches(pattern, names, layers_path, layers):
+        try:
+            matches = _matches(pattern, names, layers_path, layers)
+        except UserError as error:
+            raise UserError(f"{flag} {error}") from None
+        for hookpoint in matches:
             found.setdefault(hookpoint.name, hookpoint)
     return tuple(found.values())
 
@@ -106,7 +112,7 @@ def _matches(
         path, side = _split_side(_from_transformer_lens(plain, layers_path, layers))
         matched = [name for name in names if _match_components(name, path)]
         if not matched:
-            raise UserError(f"--hookpoints {pattern}: {_no_match(plain, path, names, layers_path)}")
+            raise UserError(f"{pattern}: {_no_match(plain, path, names, layers_path)}")
         suffix = INPUT_SUFFIX if side == "input" else ""
         hits.update(dict.fromkeys(Hookpoint(name + suffix, name, side) for name in matched))
     return hits
@@ -132,7 +138,7 @@ def _expand_braces(pattern: str) -> list[str]:
     for part in brace[1].split(","):
         ends = re.fullmatch(r"\s*(\d+)\.\.(\d+)\s*", part)
         if ends and int(ends[1]) > int(ends[2]):
-            raise UserError(f"--hookpoints {pattern}: the range {part.strip()} runs backwards")
+            raise UserError(f"{pattern}: the range {part.strip()} runs backwards")
         choices += map(str, range(int(ends[1]), int(ends[2]) + 1)) if ends else [part.strip()]
     head, tail = pattern[: brace.start()], pattern[brace.end() :]
     return [expanded for choice in choices for expanded in _expand_braces(head + choice + tail)]
@@ -170,7 +176,7 @@ def _block_child(layer: nn.Module, kind: str, name: str) -> str:
     ]
     if len(candidates) != 1:
         raise UserError(
-            f"--hookpoints {name}: which child of {type(layer).__name__} is meant is not clear: "
+            f"{name}: which child of {type(layer).__name__} is meant is not clear: "
             f"name one of {', '.join(children)} in full"
         )
     return candidates[0]

@@ -24,11 +24,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from transformers.distributed import DistributedConfig
 
 from bigsae.config import LMConfig, UserError, lm_kwargs
+from bigsae.lm.compiling import check_compiler, compile_layers
 from bigsae.lm.hookpoints import Site, decoder_layers, num_layers_needed
 from bigsae.lm.layout import LMLayout, resolve_layout
 
 __all__ = [
-    "LMLayout", "load_lm", "local_bytes", "meta_model", "num_dropped_layers", "resolve_layout", "vocab_size",
+    "LMLayout", "load_lm", "local_bytes", "meta_model", "num_dropped_layers", "resolve_layout", "runs_under_autocast",
+    "vocab_size",
 ]  # fmt: skip
 
 logger = logging.getLogger(__name__)
@@ -193,10 +195,13 @@ def load_lm(
     """This rank's part of the language model: frozen, in evaluation mode, without a key-value cache.
 
     `meta` is what `meta_model` gave for the same `model` and `lm`; `sites` are the hookpoints to be computed, which
-    decide how many layers are loaded (`all_layers` loads the whole model, for splicing). A sharded layout is
-    collective over all ranks and puts the model on the accelerator with the index `LOCAL_RANK`, which `device` must
-    name. Raises UserError for a checkpoint that lacks parameters, RuntimeError where the outcome is not as asked.
+    decide how many layers are loaded (`all_layers` loads the whole model, for splicing) and, under `lm.compile`, which
+    are left uncompiled: an Extractor takes no others then. A sharded layout is collective over all ranks and puts the
+    model on the accelerator with the index `LOCAL_RANK`, which `device` must name. Raises UserError for a checkpoint
+    that lacks parameters or a machine that cannot compile, RuntimeError where the outcome is not as asked.
     """
+    if lm.compile:
+        check_compiler(device)
     num_layers = meta.config.get_text_config().num_hidden_layers
     if not all_layers:
         if not sites:
@@ -248,13 +253,21 @@ def load_lm(
     loaded.bigsae_num_dropped_layers = (
         meta.config.get_text_config().num_hidden_layers - loaded.config.get_text_config().num_hidden_layers
     )
+    loaded.bigsae_autocast = lm.autocast
     _check_loaded(loaded, layout, device)
+    if lm.compile:
+        compile_layers(loaded, sites)
     return loaded
 
 
 def num_dropped_layers(model: nn.Module) -> int:
     """Layers that `load_lm` left out of this model; 0 for a model that it did not load."""
     return getattr(model, "bigsae_num_dropped_layers", 0)
+
+
+def runs_under_autocast(model: nn.Module) -> bool:
+    """Whether `load_lm` was told that this model's forward runs under bfloat16 autocast."""
+    return getattr(model, "bigsae_autocast", False)
 
 
 def local_bytes(model: nn.Module) -> int:

@@ -3,81 +3,234 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any, ClassVar
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
+from bigsae.kernels.encode_above import encode_above, encode_dense
+from bigsae.kernels.pairs import DensePairs, RaggedPairs
+from bigsae.parallel import collectives
 from bigsae.sae.losses import StepContext, StepOutput
 from bigsae.seeds import derive_seed
 
 # Rows that one seeded generator fills: any block of latents can be made without the ones before it.
 _INIT_BLOCK = 4096
+# SAELens's: added to the deviation, not to the variance.
+_LAYER_NORM_EPS = 1e-5
+_PAIRS_AT_ONCE = 2**25
+_ROWS_AT_ONCE = 8192
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What an SAE of any architecture is built from."""
+
+    d_in: int
+    d_sae: int
+    d_out: int | None = None
+    """Width of a transcoder's output; None for an SAE, which reconstructs its input."""
+    skip: bool = False
+    """Whether a transcoder has a linear path from input to output."""
+    apply_b_dec_to_input: bool = True
+    """Whether an SAE subtracts b_dec from the encoder's input."""
+    normalize: Literal["none", "layer_norm"] = "none"
+    """What the SAE does to each token before encoding, and undoes after decoding."""
+    autocast: bool = False
+    """Whether the encoder's matmul runs in bfloat16."""
 
 
 class SAE(nn.Module, ABC):
-    """A sparse autoencoder. `W_enc` and `W_dec` are both `[d_sae, d_in]`: one latent, one row."""
+    """A sparse autoencoder, or a transcoder. `W_enc` is `[d_sae, d_in]`, `W_dec` `[d_sae, d_out]`, a row a latent."""
 
     architecture: ClassVar[str]
+    loss_parts: ClassVar[tuple[str, ...]] = ()
+    """Names of the weighted parts of the loss that are logged."""
+    uses_density: ClassVar[bool] = False
+    """Whether the training forward has a sparse and a dense path."""
+    compares_latents: ClassVar[bool] = False
+    """Whether latents are selected by comparing them with each other, and not each with its threshold."""
+    encoder_biases: ClassVar[tuple[str, ...]] = ("b_enc",)
+    """Parameters [d_sae] that are in the units of pre_acts: the biases, and thresholds."""
     W_enc: nn.Parameter
     W_dec: nn.Parameter
-    b_enc: nn.Parameter
     b_dec: nn.Parameter
 
-    def __init__(self, d_in: int, d_sae: int, device: torch.device | str = "cpu"):
+    def __init__(self, shape: Shape, device: torch.device | str = "cpu"):
         super().__init__()
-        self.d_in, self.d_sae = d_in, d_sae
+        self.shape = shape
+        self.d_in, self.d_sae = shape.d_in, shape.d_sae
+        self.d_out = shape.d_out if shape.d_out is not None else shape.d_in
         self.metadata: dict[str, Any] = {}
-        self.W_enc = nn.Parameter(torch.empty(d_sae, d_in, device=device))
-        self.W_dec = nn.Parameter(torch.empty(d_sae, d_in, device=device))
-        self.b_enc = nn.Parameter(torch.zeros(d_sae, device=device))
-        self.b_dec = nn.Parameter(torch.zeros(d_in, device=device))
+        self.W_enc = nn.Parameter(torch.empty(self.d_sae, self.d_in, device=device))
+        self.W_dec = nn.Parameter(torch.empty(self.d_sae, self.d_out, device=device))
+        for name in self.encoder_biases:
+            self.register_parameter(name, nn.Parameter(torch.zeros(self.d_sae, device=device)))
+        self.b_dec = nn.Parameter(torch.zeros(self.d_out, device=device))
+        self.W_skip = nn.Parameter(torch.zeros(self.d_out, self.d_in, device=device)) if shape.skip else None
+
+    @property
+    def is_transcoder(self) -> bool:
+        """Whether it predicts something else than its input."""
+        return self.shape.d_out is not None
 
     @torch.no_grad()
-    def initialise(self, seed: int) -> None:
-        """Decoder rows in random directions at norm 1, the encoder their transpose (Gao et al. 2024), biases zero."""
-        for start in range(0, self.d_sae, _INIT_BLOCK):
-            generator = torch.Generator().manual_seed(derive_seed(seed, "W_dec", start))
-            block = torch.randn(min(_INIT_BLOCK, self.d_sae - start), self.d_in, generator=generator)
-            self.W_dec[start : start + len(block)] = block / block.norm(dim=1, keepdim=True)
-        self.W_enc.copy_(self.W_dec)
-        self.b_enc.zero_()
-        self.b_dec.zero_()
+    def initialise(self, seed: int, decoder_norm: float = 1.0) -> None:
+        """Decoder rows in random directions at norm `decoder_norm`, biases zero.
+
+        An SAE's encoder starts as its decoder (Gao et al. 2024), at a scale that `calibrate` may set; a transcoder's,
+        whose input is another space, in random directions of its own.
+        """
+        _fill_with_directions(self.W_dec, seed, "W_dec", decoder_norm)
+        if self.is_transcoder:
+            _fill_with_directions(self.W_enc, seed, "W_enc", 1.0)
+        else:
+            self.W_enc.copy_(self.W_dec)
+
+    def take_over(self, values: Mapping[str, Tensor]) -> None:
+        """Take what another architecture's SAE has beside the parameters that both have."""
+
+    @torch.no_grad()
+    def calibrate(self, x: Tensor, group: ProcessGroup | None) -> None:
+        """Set what is better not started blindly from this rank's first tokens `x` [tokens, d_in], in SAE's units."""
+
+    @torch.no_grad()
+    def match_scale_(self, x: Tensor, decoded: Tensor, group: ProcessGroup | None) -> Tensor:
+        """Scale the encoder so that x̂ is closest to x, from what the latents of `x` [tokens, d_in] add up to now.
+
+        Decoder rows in random directions are far from orthogonal: what k of them were selected for adds up to several
+        times x, and a start at an FVU of 10 costs latents that the first steps push away. Returns the factor, [].
+        """
+        products = torch.zeros(2, dtype=torch.float64, device=x.device)
+        for rows, recon in zip(x.split(_ROWS_AT_ONCE), decoded.split(_ROWS_AT_ONCE), strict=True):
+            products[0] += ((rows - self.b_dec) * recon).sum(dtype=torch.float64)
+            products[1] += recon.square().sum(dtype=torch.float64)
+        collectives.sum_(products, group)
+        factor = products[0] / products[1]
+        factor = torch.where(factor.isfinite() & (factor > 0), factor, 1.0)
+        self.W_enc.mul_(factor)
+        return factor
+
+    def encoder_input(self, x: Tensor) -> Tensor:
+        """What the encoder's matrix is applied to, for `x` [batch, d_in] in the SAE's units."""
+        centred = x.to(self.W_enc.dtype)
+        if self.shape.apply_b_dec_to_input and not self.is_transcoder:
+            centred = centred - self.b_dec
+        return centred.bfloat16() if self.shape.autocast else centred
+
+    def encode_pairs(
+        self, encoder_input: Tensor, bias: Tensor, bound: Tensor, sparse: bool
+    ) -> tuple[Tensor, DensePairs | RaggedPairs]:
+        """pre_acts of all pairs (token, latent), or only (`sparse`) of those above `bound`, [] or [d_sae]."""
+        if sparse:
+            return encode_above(encoder_input, self.W_enc, bias, bound)
+        return encode_dense(encoder_input, self.W_enc, bias)
+
+    def output(self, x: Tensor, decoded: Tensor) -> Tensor:
+        """Reconstruction [batch, d_out] from what the latents of `x` [batch, d_in] add up to."""
+        recon = decoded + self.b_dec
+        return recon if self.W_skip is None else recon + x.to(self.W_skip.dtype) @ self.W_skip.T
 
     @abstractmethod
+    def latents(self, x: Tensor) -> Tensor:
+        """Dense latents [batch, d_sae] of `x` [batch, d_in] in the SAE's units."""
+
     def encode(self, x: Tensor) -> Tensor:
         """Latents of activations in the LM's own scale: `[..., d_in]` to dense `[..., d_sae]`."""
+        rows, _ = self._normalise(x)
+        return self.latents(rows).to(self.W_enc.dtype).view(*x.shape[:-1], self.d_sae)
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Reconstruction from dense latents: `[..., d_sae]` to `[..., d_in]`."""
+        """Reconstruction from dense latents: `[..., d_sae]` to `[..., d_out]`.
+
+        Under layer_norm in units of the normalised token, and without a transcoder's skip: only the input, which
+        `forward` has, tells how to undo the one and compute the other.
+        """
         return latents @ self.W_dec + self.b_dec
+
+    def decoded(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """What the latents of `x` [batch, d_in] add up to, [batch, d_out], and the number of latents > 0 in all."""
+        latents = self.latents(x).to(self.W_dec.dtype)
+        return latents @ self.W_dec, (latents > 0).sum()
 
     def reconstruct(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Reconstruction of `x` [..., d_in], and the number of latents > 0 in all of it."""
-        latents = self.encode(x)
-        return self.decode(latents), (latents > 0).sum()
+        rows, undo = self._normalise(x)
+        # In parts: where many latents fire, as early in an L1 SAE's training, their pairs outgrow a dense matrix.
+        parts, counts = zip(*map(self.decoded, rows.split(max(_PAIRS_AT_ONCE // self.d_sae, 1))), strict=True)
+        num_active = torch.stack(counts).sum()
+        recon = self.output(rows, torch.cat(parts))
+        if undo is not None:
+            recon = recon * undo[1] + undo[0]
+        return recon.view(*x.shape[:-1], self.d_out), num_active
+
+    def _normalise(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+        """`x` as rows in the SAE's units; under layer_norm also each token's mean and deviation, [batch, 1]."""
+        rows = x.to(self.W_enc.dtype).reshape(-1, self.d_in)
+        return layer_norm(rows) if self.shape.normalize == "layer_norm" else (rows, None)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Reconstruction of `[..., d_in]`."""
+        """Reconstruction of `[..., d_in]`; a transcoder's prediction, `[..., d_out]`."""
         return self.reconstruct(x)[0]
 
     @abstractmethod
-    def training_forward(self, x: Tensor, context: StepContext) -> StepOutput:
-        """Loss and statistics of `x` [batch, d_in], this rank's part of a global batch, in the SAE's units."""
+    def training_forward(self, x: Tensor, y: Tensor, context: StepContext) -> StepOutput:
+        """Loss and statistics of inputs `x` [batch, d_in] and targets `y` [batch, d_out], this rank's part of a batch.
+
+        Both in the SAE's units; an SAE's targets are its inputs.
+        """
+
+    def cast_(self, dtype: torch.dtype) -> None:
+        """Bring the parameters to `dtype`."""
+        for parameter in self.parameters():
+            parameter.data = parameter.data.to(dtype)
 
     @torch.no_grad()
-    def fold_scale_(self, scale: float) -> None:
-        """Turn an SAE of `scale`·x into one of x: biases and latents become 1/scale as large, weights stay."""
-        self.b_enc.div_(scale)
-        self.b_dec.div_(scale)
+    def constrain_(self) -> None:
+        """Bring parameters back to where they are defined, after a step."""
+
+    @torch.no_grad()
+    def fold_scales_(self, s_in: float, s_out: float) -> None:
+        """Turn the map s_in·x -> s_out·y into that of x -> y.
+
+        Latents and all in their units become 1 / s_in as large. Where both are one, all matrices stay.
+        """
+        for name in self.encoder_biases:
+            self.get_parameter(name).div_(s_in)
+        self.W_dec.mul_(s_in / s_out)
+        self.b_dec.div_(s_out)
+        if self.W_skip is not None:
+            self.W_skip.mul_(s_in / s_out)
 
     @abstractmethod
     def saelens_config(self) -> dict[str, Any]:
-        """What SAELens's cfg.json says of this architecture beyond the common fields."""
+        """What SAELens's cfg.json says of this SAE beyond the common fields: its `architecture` there, and more."""
+
+    def saelens_tensors(self) -> dict[str, Tensor]:
+        """Its tensors under SAELens's names, in bigsae's layout."""
+        return {name: parameter.detach() for name, parameter in self.named_parameters()}
 
     def save(self, folder: str) -> None:
-        """Write cfg.json and sae_weights.safetensors, SAELens's format, to `folder`."""
+        """Write the SAE to `folder`: SAELens's format, or for TopK transcoders, which SAELens lacks, sparsify's."""
         # Opened when called: hub imports sae, and nothing imports the other way when it is loaded.
-        from bigsae.hub.saelens import save_sae
+        from bigsae.hub.formats import save_sae
 
         save_sae(self, folder)
+
+
+def layer_norm(rows: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """Each row of `[batch, d_in]` at mean 0 and deviation 1, as SAELens; and the means and deviations, [batch, 1]."""
+    mean = rows.mean(1, keepdim=True)
+    centred = rows - mean
+    deviation = centred.std(1, keepdim=True)
+    return centred / (deviation + _LAYER_NORM_EPS), (mean, deviation)
+
+
+def _fill_with_directions(weight: Tensor, seed: int, name: str, norm: float) -> None:
+    for start in range(0, len(weight), _INIT_BLOCK):
+        generator = torch.Generator().manual_seed(derive_seed(seed, name, start))
+        block = torch.randn(min(_INIT_BLOCK, len(weight) - start), weight.shape[1], generator=generator)
+        weight[start : start + len(block)] = norm * block / block.norm(dim=1, keepdim=True)

@@ -2,17 +2,54 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 
+from bigsae.checks import resolve_sae
 from bigsae.config import SAEConfig
-from bigsae.sae.base import SAE
+from bigsae.sae.base import SAE, Shape
+from bigsae.sae.batchtopk import BatchTopKSAE
+from bigsae.sae.gated import GatedSAE
+from bigsae.sae.jumprelu import JumpReLUSAE
+from bigsae.sae.matryoshka import MatryoshkaSAE
+from bigsae.sae.standard import StandardSAE
 from bigsae.sae.topk import TopKSAE
 
-ARCHITECTURES: dict[str, type[TopKSAE]] = {"topk": TopKSAE}
+
+class _Buildable(Protocol):
+    def from_config(self, config: SAEConfig, shape: Shape, device: torch.device) -> SAE: ...
 
 
-def build_sae(config: SAEConfig, d_in: int, d_sae: int, seed: int, device: torch.device) -> SAE:
-    """The SAE that `config` describes, with its starting weights: the same ones on every rank."""
-    sae = ARCHITECTURES[config.architecture].from_config(config, d_in, d_sae, device)
-    sae.initialise(seed)
+ARCHITECTURES: dict[str, _Buildable] = {
+    "topk": TopKSAE,
+    "batchtopk": BatchTopKSAE,
+    "matryoshka": MatryoshkaSAE,
+    "jumprelu": JumpReLUSAE,
+    "gated": GatedSAE,
+    "standard": StandardSAE,
+}
+
+
+def build_sae(
+    config: SAEConfig, d_in: int, d_sae: int, seed: int, device: torch.device, d_out: int | None = None
+) -> SAE:
+    """The SAE that `config` describes, with its starting weights: the same ones on every rank.
+
+    `d_out`, where given, makes it a transcoder to activations of that width.
+    """
+    config = resolve_sae(config, transcoder=d_out is not None)
+    assert config.apply_b_dec_to_input is not None and config.decoder_init_norm is not None
+    shape = Shape(
+        d_in=d_in,
+        d_sae=d_sae,
+        d_out=d_out,
+        skip=config.skip,
+        apply_b_dec_to_input=config.apply_b_dec_to_input,
+        normalize="layer_norm" if config.normalize == "layer_norm" else "none",
+        autocast=config.autocast,
+    )
+    sae = ARCHITECTURES[config.architecture].from_config(config, shape, device)
+    sae.initialise(seed, config.decoder_init_norm)
+    sae.cast_(getattr(torch, config.dtype))
     return sae

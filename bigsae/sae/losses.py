@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from bigsae.kernels.global_topk import Ranks
 from bigsae.parallel import collectives
 
 
 @dataclass(frozen=True)
 class Moments:
-    """Sums over a set of tokens of all ranks: `total` [d_in] of x and `squares` [] of ‖x‖², both float64."""
+    """Sums over a set of tokens of all ranks: `total` [d] of x and `squares` [] of ‖x‖², both float64."""
 
     num_tokens: int
     total: Tensor
@@ -25,7 +28,7 @@ class Moments:
 
 
 def global_moments(x: Tensor, num_tokens: int, group: ProcessGroup | None) -> Moments:
-    """Moments of a batch of which this rank holds `x` [batch, d_in] and all ranks together `num_tokens` tokens.
+    """Moments of a batch of which this rank holds `x` [batch, d] and all ranks together `num_tokens` tokens.
 
     In float64: Σ‖x‖² − n‖x̄‖² cancels badly in float32 where the mean is long, as it is in residual streams.
     """
@@ -33,6 +36,13 @@ def global_moments(x: Tensor, num_tokens: int, group: ProcessGroup | None) -> Mo
     sums = torch.cat([wide.sum(0), wide.square().sum().view(1)])
     collectives.sum_(sums, group)
     return Moments(num_tokens, sums[:-1], sums[-1])
+
+
+def ranks_of(group: ProcessGroup | None) -> Ranks:
+    """The ranks of `group` as the kernels know them."""
+    if group is None:
+        return Ranks()
+    return Ranks(dist.get_rank(group), dist.get_world_size(group), partial(collectives.sum_, group=group))
 
 
 @dataclass(frozen=True)
@@ -50,11 +60,22 @@ class StepContext:
     """What a training forward needs to know beyond its own tokens."""
 
     moments: Moments
-    """Of the global batch, in the SAE's units."""
-    dead: DeadLatents | None
+    """Of the global batch's targets, in the SAE's units."""
+    dead: DeadLatents | None = None
     """None while no latent is dead."""
-    group: ProcessGroup | None
+    group: ProcessGroup | None = None
     """Ranks that see other tokens of the same batch."""
+    ranks: Ranks = field(default_factory=Ranks)
+    """The same ranks, for a selection over all of them."""
+    sparsity: float = 1.0
+    """Factor on the sparsity loss: its warm-up."""
+    sparse: bool = False
+    """Whether so few latents fire that computing on those alone is faster than on all; the same to rounding."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the global batch."""
+        return self.moments.num_tokens
 
 
 @dataclass
@@ -63,11 +84,11 @@ class StepOutput:
 
     loss: Tensor
     """This rank's share of the loss: the shares of all ranks, and their gradients, add up to the whole."""
-    squared_error: Tensor
-    """Σ‖x − x̂‖²"""
+    residual: Tensor
+    """x − x̂, [batch, d_out], detached"""
     num_active: Tensor
     """Number of (token, latent) pairs with a value > 0."""
     firing_counts: Tensor
     """[d_sae] int: tokens on which each latent fires."""
-    auxk_loss: Tensor
-    """This rank's share of the weighted auxiliary loss; 0 while no latent is dead."""
+    parts: dict[str, Tensor]
+    """This rank's share of each part of the loss, weighted and detached, under the architecture's `loss_parts`."""

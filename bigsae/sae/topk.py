@@ -1,11 +1,10 @@
 """TopK SAE with AuxK (Gao et al. 2024, "Scaling and evaluating sparse autoencoders", arXiv 2406.04093).
 
 pre_acts = W_enc (x − b_dec) + b_enc          latents = ReLU of the k largest pre_acts, else 0
-x̂ = Σ latents · W_dec + b_dec                 loss = Σ‖x − x̂‖² / Σ‖x − x̄‖² + AuxK
+x̂ = Σ latents · W_dec + b_dec                 loss = Σ‖x − x̂‖² / Σ‖x − x̄‖² + AuxK (auxk.py)
 
-AuxK: with e = x − x̂ held fixed and ê = Σ over the k_aux largest pre_acts of dead latents · W_dec (b_dec not
-added again), loss += coefficient · min(num_dead / k_aux, 1) · Σ‖e − ê‖² / Σ‖e − ē‖². Its gradient reaches the
-encoder, and is not stopped by a ReLU: a dead latent is one whose pre_acts are small or negative.
+Multi-TopK (appendix A.4) adds 1/8 of the first term with the 4 k largest pre_acts in place of the k largest; the
+weight is sparsify's. A transcoder does not subtract b_dec, predicts y, and has y in place of x in the loss.
 """
 
 from __future__ import annotations
@@ -13,82 +12,96 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
 from bigsae.config import SAEConfig
 from bigsae.kernels.decode import sparse_decode
 from bigsae.kernels.encode import topk_encode
-from bigsae.sae.base import SAE
-from bigsae.sae.losses import DeadLatents, StepContext, StepOutput, global_moments
+from bigsae.sae.auxk import auxk_loss
+from bigsae.sae.base import SAE, Shape
+from bigsae.sae.losses import StepContext, StepOutput
+
+_MULTI = 4
+_MULTI_COEFFICIENT = 1 / 8
 
 
 class TopKSAE(SAE):
     """Keeps the `k` largest latents of each token; among equal ones those of lower index."""
 
     architecture = "topk"
+    loss_parts = ("auxk_loss", "multi_topk_loss")
+    compares_latents = True
+    b_enc: nn.Parameter
 
     def __init__(
         self,
-        d_in: int,
-        d_sae: int,
+        shape: Shape,
         k: int,
         k_aux: int | None = None,
         auxk_coefficient: float = 1 / 32,
+        multi_topk: bool = False,
         device: torch.device | str = "cpu",
     ):
-        super().__init__(d_in, d_sae, device)
+        super().__init__(shape, device)
         self.k = k
-        self.k_aux = k_aux or max(d_in // 2, 1)
+        self.k_aux = k_aux or max(self.d_out // 2, 1)
         self.auxk_coefficient = auxk_coefficient
+        self.multi_topk = multi_topk
 
     @classmethod
-    def from_config(cls, config: SAEConfig, d_in: int, d_sae: int, device: torch.device) -> TopKSAE:
-        """An SAE as configured, its weights not yet set."""
-        return cls(d_in, d_sae, config.k, config.k_aux, config.auxk_coefficient, device)
+    def from_config(cls, config: SAEConfig, shape: Shape, device: torch.device) -> TopKSAE:
+        """An SAE as configured (defaults resolved), its weights not yet set."""
+        assert config.k is not None and config.auxk_coefficient is not None
+        return cls(shape, config.k, config.k_aux, config.auxk_coefficient, config.multi_topk, device)
+
+    @torch.no_grad()
+    def calibrate(self, x: Tensor, group: ProcessGroup | None) -> None:
+        if not self.is_transcoder:
+            self.match_scale_(x, self.decoded(x)[0], group)
 
     def encode_sparse(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The k latents of each token: values and indices, `[..., k]` each, largest first."""
-        rows = x.to(self.W_enc.dtype).reshape(-1, self.d_in)
-        top_acts, top_indices, _ = topk_encode(rows - self.b_dec, self.W_enc, self.b_enc, self.k)
+        rows, _ = self._normalise(x)
+        top_acts, top_indices, _ = topk_encode(self.encoder_input(rows), self.W_enc, self.b_enc, self.k)
         shape = (*x.shape[:-1], self.k)
         return top_acts.view(shape), top_indices.view(shape)
 
-    def encode(self, x: Tensor) -> Tensor:
-        top_acts, top_indices = self.encode_sparse(x)
-        latents = top_acts.new_zeros(*x.shape[:-1], self.d_sae)
-        return latents.scatter(-1, top_indices, top_acts)
+    def latents(self, x: Tensor) -> Tensor:
+        top_acts, top_indices, _ = topk_encode(self.encoder_input(x), self.W_enc, self.b_enc, self.k)
+        return top_acts.new_zeros(len(x), self.d_sae).scatter(-1, top_indices, top_acts)
 
-    def reconstruct(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        rows = x.to(self.W_enc.dtype).reshape(-1, self.d_in)
-        top_acts, top_indices, pattern = topk_encode(rows - self.b_dec, self.W_enc, self.b_enc, self.k)
-        recon = sparse_decode(top_acts, top_indices, self.W_dec, pattern) + self.b_dec
-        return recon.view(x.shape), (top_acts > 0).sum()
+    def decoded(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        top_acts, top_indices, pattern = topk_encode(self.encoder_input(x), self.W_enc, self.b_enc, self.k)
+        return sparse_decode(top_acts, top_indices, self.W_dec, pattern), (top_acts > 0).sum()
 
-    def training_forward(self, x: Tensor, context: StepContext) -> StepOutput:
-        centred = x - self.b_dec
-        top_acts, top_indices, pattern = topk_encode(centred, self.W_enc, self.b_enc, self.k)
-        residual = x - (sparse_decode(top_acts, top_indices, self.W_dec, pattern) + self.b_dec)
-        squared_error = residual.square().sum()
-        loss = squared_error / context.moments.variance().float()
-        auxk_loss = loss.new_zeros(())
-        if context.dead is not None and self.auxk_coefficient:
-            auxk_loss = self._auxk_loss(centred, residual.detach(), context.dead, context)
-            loss = loss + auxk_loss
+    def training_forward(self, x: Tensor, y: Tensor, context: StepContext) -> StepOutput:
+        encoder_input = self.encoder_input(x)
+        num_kept = self.k * (_MULTI if self.multi_topk else 1)
+        all_acts, all_indices, pattern = topk_encode(encoder_input, self.W_enc, self.b_enc, num_kept)
+        variance = context.moments.variance().float()
+        parts = {name: variance.new_zeros(()) for name in self.loss_parts}
+        top_acts, top_indices = all_acts, all_indices
+        if self.multi_topk:
+            top_acts, top_indices = all_acts[:, : self.k].contiguous(), all_indices[:, : self.k].contiguous()
+            error = y - self.output(x, sparse_decode(all_acts, all_indices, self.W_dec, pattern))
+            parts["multi_topk_loss"] = _MULTI_COEFFICIENT * error.square().sum() / variance
+            pattern = None
+        residual = y - self.output(x, sparse_decode(top_acts, top_indices, self.W_dec, pattern))
+        parts["auxk_loss"] = auxk_loss(
+            self, encoder_input, self.b_enc, residual, self.k_aux, self.auxk_coefficient, context
+        )
+        loss = residual.square().sum() / variance + torch.stack(list(parts.values())).sum()
         fired = (top_acts.detach() > 0).to(torch.int32)
         counts = torch.zeros(self.d_sae, dtype=torch.int32, device=x.device)
         counts.scatter_add_(0, top_indices.flatten(), fired.flatten())
-        return StepOutput(loss, squared_error.detach(), fired.sum(), counts, auxk_loss.detach())
-
-    def _auxk_loss(self, centred: Tensor, e: Tensor, dead: DeadLatents, context: StepContext) -> Tensor:
-        """This rank's share of the weighted auxiliary loss for the residual `e` [batch, d_in]."""
-        k_aux = min(self.k_aux, self.d_sae)
-        acts, indices, pattern = topk_encode(
-            centred, self.W_enc, self.b_enc, k_aux, mask=dead.mask, relu=False
+        return StepOutput(
+            loss,
+            residual.detach(),
+            fired.sum(),
+            counts,
+            {name: part.detach() for name, part in parts.items()},
         )
-        e_hat = sparse_decode(acts, indices, self.W_dec, pattern)
-        variance = global_moments(e, context.moments.num_tokens, context.group).variance().float()
-        weight = self.auxk_coefficient * (dead.num_dead / self.k_aux).clamp(max=1.0)
-        return weight * (e - e_hat).square().sum() / variance
 
     def saelens_config(self) -> dict[str, Any]:
-        return {"k": self.k, "rescale_acts_by_decoder_norm": False}
+        return {"architecture": "topk", "k": self.k, "rescale_acts_by_decoder_norm": False}

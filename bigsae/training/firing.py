@@ -31,8 +31,11 @@ class FiringStatistics:
         self.num_tokens = 0
         self._doubt, self._ask_again_at = False, 0
 
-    def update(self, counts: Tensor, num_tokens: int) -> None:
-        """Take in one step: `counts` [d_sae] of this rank's tokens, `num_tokens` of all ranks together."""
+    def update(self, counts: Tensor, num_tokens: int) -> Tensor:
+        """Take in one step: `counts` [d_sae] of this rank's tokens, `num_tokens` of all ranks together.
+
+        Returns the counts of all ranks' tokens.
+        """
         counts = collectives.sum_(counts.to(torch.int64), self.group)
         self.num_tokens_since_fired += num_tokens
         self.num_tokens_since_fired.masked_fill_(counts > 0, 0)
@@ -42,6 +45,11 @@ class FiringStatistics:
         self.window_counts += counts
         self.num_window_tokens += num_tokens
         self.num_tokens += num_tokens
+        return counts
+
+    def revive(self, mask: Tensor) -> None:
+        """Take the latents where `mask` [d_sae] is True to have fired just now."""
+        self.num_tokens_since_fired.masked_fill_(mask, 0)
 
     def may_be_dead(self, batch_tokens: int) -> bool:
         """Whether a latent may be dead in the coming step of `batch_tokens`; False is certain.

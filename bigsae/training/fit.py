@@ -8,16 +8,19 @@ from collections.abc import Iterable, Iterator, Sized
 import torch
 from torch import Tensor
 
-from bigsae.config import OptimConfig, SAEConfig, UserError, check_optim, check_sae
+from bigsae.checks import check_optim, check_sae, check_together
+from bigsae.config import OptimConfig, SAEConfig, UserError
 from bigsae.parallel.mesh import Mesh, build_mesh
 from bigsae.sae.base import SAE
+from bigsae.training.start import load_start
 from bigsae.training.trainer import SAETrainer
 
+Batch = Tensor | tuple[Tensor, Tensor]
 logger = logging.getLogger("bigsae")
 
 
 def fit(
-    batches: Iterable[Tensor],
+    batches: Iterable[Batch],
     sae: SAEConfig | None = None,
     optim: OptimConfig | None = None,
     *,
@@ -26,37 +29,52 @@ def fit(
 ) -> SAE:
     """Train an SAE on `batches`: global [batch, d_in] tensors, the same ones on every rank of the process group.
 
+    Pairs ([batch, d_in], [batch, d_out]) train a transcoder, which predicts the second from the first.
     Each rank trains on its own rows of a batch, so the result does not depend on the number of ranks. The learning
     rate's schedule needs the number of batches: `num_steps`, or `len(batches)` where it has one; else nothing decays.
     Returns the SAE in the scale of the activations. Raises UserError for configurations and batches that don't fit.
     """
     sae, optim = sae or SAEConfig(), optim or OptimConfig()
-    check_sae(sae)
-    check_optim(optim)
     return fit_trainer(batches, sae, optim, seed=seed, num_steps=num_steps).folded()
 
 
 def fit_trainer(
-    batches: Iterable[Tensor], sae: SAEConfig, optim: OptimConfig, *, seed: int, num_steps: int | None
+    batches: Iterable[Batch], sae: SAEConfig, optim: OptimConfig, *, seed: int, num_steps: int | None
 ) -> SAETrainer:
     """As `fit`, but returns the trainer: weights in the trained scale, optimiser and statistics with them."""
     if num_steps is None and isinstance(batches, Sized):
         num_steps = len(batches)
+    if num_steps is None and optim.schedule != "constant":
+        raise UserError(f"fit: optim.schedule {optim.schedule} needs the number of batches: pass num_steps")
     if num_steps is None:
         logger.warning(
             "fit: the number of batches is not known, so the learning rate will not decay: pass num_steps"
         )
     mesh = build_mesh()
     parts = (_own_part(batch, mesh) for batch in batches)
-    first: list[Tensor] = list(_first_parts(parts, sae.init_tokens, mesh.num_ranks))
+    first = list(_first_parts(parts, sae.init_tokens, mesh.num_ranks))
     if not first:
         raise UserError("fit: batches is empty: give at least one [batch, d_in] tensor")
-    trainer = SAETrainer(sae, optim, first[0].shape[1], num_steps, seed, mesh)
-    trainer.initialise(torch.cat(first).to(mesh.device))
+    inputs, targets = torch.cat([x for x, _ in first]), [y for _, y in first if y is not None]
+    if sae.output_hookpoint:
+        raise UserError(
+            "fit: output_hookpoint is for a language model: give batches of pairs (input, target) instead"
+        )
+    check_sae(sae, transcoder=bool(targets))
+    check_optim(optim)
+    check_together(sae, optim, None)
+    d_out = targets[0].shape[1] if targets else None
+    trainer = SAETrainer(
+        sae, optim, inputs.shape[1], num_steps, seed, mesh, d_out=d_out, start=load_start(sae)
+    )
+    trainer.initialise(inputs.to(mesh.device), torch.cat(targets).to(mesh.device) if targets else None)
+    del inputs, targets
     while first:
-        trainer.train_step(first.pop(0))
+        trainer.train_step(*first.pop(0))
     for part in parts:
-        trainer.train_step(part)
+        trainer.train_step(*part)
+    if left := trainer.step % optim.accumulation_steps:
+        logger.warning("fit: the last %d batches make no whole update: they were not trained on", left)
     if num_skipped := int(trainer.window.num_skipped):
         raise UserError(
             f"fit: the gradient was not finite in {num_skipped} of {trainer.step} steps: look for NaN or inf in "
@@ -65,15 +83,27 @@ def fit_trainer(
     return trainer
 
 
-def _first_parts(parts: Iterator[Tensor], num_tokens: int, num_ranks: int) -> Iterator[Tensor]:
+Part = tuple[Tensor, Tensor | None]
+
+
+def _first_parts(parts: Iterator[Part], num_tokens: int, num_ranks: int) -> Iterator[Part]:
     """Parts of the first batches that hold `num_tokens` tokens over all ranks: the same batches on every rank."""
     while num_tokens > 0 and (part := next(parts, None)) is not None:
-        num_tokens -= len(part) * num_ranks
+        num_tokens -= len(part[0]) * num_ranks
         yield part
 
 
-def _own_part(batch: Tensor, mesh: Mesh) -> Tensor:
-    """This rank's rows of a global batch [batch, d_in]."""
+def _own_part(batch: Batch, mesh: Mesh) -> Part:
+    """This rank's rows of a global batch [batch, d_in], and of its targets where it has any."""
+    if isinstance(batch, Tensor):
+        return _own_rows(batch, mesh), None
+    x, y = batch
+    if len(x) != len(y):
+        raise UserError(f"fit: a batch has {len(x)} inputs and {len(y)} targets: give as many of both")
+    return _own_rows(x, mesh), _own_rows(y, mesh)
+
+
+def _own_rows(batch: Tensor, mesh: Mesh) -> Tensor:
     if batch.ndim != 2 or len(batch) % mesh.num_ranks:
         raise UserError(
             f"fit: a batch of shape {tuple(batch.shape)} cannot be cut into {mesh.num_ranks} equal parts: "

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from bigsae.config import TrainConfig, UserError
 from bigsae.data.harvest import Harvest
-from bigsae.hub.saelens import save_sae
+from bigsae.hub.formats import save_sae
 from bigsae.parallel import collectives
 from bigsae.parallel.mesh import Mesh
 from bigsae.training import checkpoint
@@ -42,7 +42,9 @@ class Run:
     heldout: Tensor | None
     """[rows, ctx_len] ids that are never trained on, the same on every rank."""
     trainers: dict[str, SAETrainer]
-    """One for each hookpoint."""
+    """One for each hookpoint that is read."""
+    targets: dict[str, str]
+    """The hookpoint that each of them predicts: for an SAE the one it reads."""
     metadata: dict[str, Any]
     """What each exported SAE says of its origin."""
     log_to_trackers: Callable[[dict[str, float], int], None]
@@ -101,8 +103,9 @@ def _steps(run: Run, bar: ProgressBar) -> tuple[str, str]:
             return _why_not_filled(run)
         bar.activity("training")
         _initialise(run)
-        for name, x in run.harvest.read().items():
-            run.trainers[name].train_step(x)
+        batch = run.harvest.read()
+        for name, (x, y) in _inputs_and_targets(run, batch).items():
+            run.trainers[name].train_step(x, y)
         bar.advance(run.step)
         if run.step % config.log_every == 0:
             _log(run, bar)
@@ -115,6 +118,13 @@ def _steps(run: Run, bar: ProgressBar) -> tuple[str, str]:
         if run.step % _CONTROL_INTERVAL == 0 and _someone_stops(run):
             return _stopped(run)
     return "finished", "all tokens trained"
+
+
+def _inputs_and_targets(run: Run, batch: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor | None]]:
+    """For each trainer what it reads, and what it predicts where that is something else."""
+    return {
+        name: (batch[name], batch[target] if target != name else None) for name, target in run.targets.items()
+    }
 
 
 def _measures_now(run: Run) -> bool:
@@ -155,8 +165,9 @@ def _initialise(run: Run) -> None:
     per_rank = min(run.config.sae.init_tokens // run.mesh.num_ranks, run.config.buffer.tokens)
     # Where the data ended within the first filling, every rank gives what each of them has.
     num_tokens = collectives.min_int(min(max(per_rank, 1), run.harvest.buffer.num_unread), run.mesh.control)
-    for name, first in run.harvest.buffer.peek(num_tokens).items():
-        run.trainers[name].initialise(first.to(run.mesh.device))
+    first = {name: x.to(run.mesh.device) for name, x in run.harvest.buffer.peek(num_tokens).items()}
+    for name, (x, y) in _inputs_and_targets(run, first).items():
+        run.trainers[name].initialise(x, y)
 
 
 def _restart_clock(run: Run) -> None:
@@ -207,7 +218,7 @@ def _measure(run: Run) -> None:
     start = time.perf_counter()
     rows, keep = run.heldout, run.harvest.trained_on(run.heldout)
     measured = measure_heldout(
-        rows, keep, run.harvest.extract, run.trainers, run.harvest.micro_batch_rows, run.mesh
+        rows, keep, run.harvest.extract, run.trainers, run.targets, run.harvest.micro_batch_rows, run.mesh
     )
     for name, values in measured.items():
         _write_row(run, name, values)
@@ -222,6 +233,8 @@ def _export(run: Run) -> None:
             sae = trainer.folded()
             num_tokens = trainer.step * run.config.batch_size_tokens
             sae.metadata = run.metadata | {"hook_name": name, "training_tokens": num_tokens}
+            if run.targets[name] != name:
+                sae.metadata["hook_name_out"] = run.targets[name]
             save_sae(sae, run.out / name, frequencies)
 
 
@@ -236,7 +249,7 @@ def _save(run: Run) -> None:
         f"{name}/{key}": t for name, trainer in run.trainers.items() for key, t in trainer.tensors().items()
     }
     own = {f"buffer/{key}": t for key, t in run.harvest.buffer.tensors().items()}
-    own |= {f"{name}/window_local": trainer.window.local for name, trainer in run.trainers.items()}
+    own |= _rank_tensors(run)
     state: dict[str, Any] = {"trainers": {name: trainer.counters() for name, trainer in run.trainers.items()}}
     state["finished"] = run.finished
     rank_state = {
@@ -248,6 +261,14 @@ def _save(run: Run) -> None:
     checkpoint.save(folder, run.step, tensors, own, state, rank_state, run.config.checkpoint.keep, run.mesh)
     run.saved_step = run.step
     run._clock["time"] += time.perf_counter() - start
+
+
+def _rank_tensors(run: Run) -> dict[str, Tensor]:
+    return {
+        f"{name}/{key}": t
+        for name, trainer in run.trainers.items()
+        for key, t in trainer.rank_tensors().items()
+    }
 
 
 def resume(run: Run) -> None:
@@ -276,7 +297,7 @@ def resume(run: Run) -> None:
     }
     waiting = run.harvest.buffer.empty_tensors(rank_state["buffer"])
     own = {f"buffer/{key}": t for key, t in waiting.items()}
-    own |= {f"{name}/window_local": trainer.window.local for name, trainer in run.trainers.items()}
+    own |= _rank_tensors(run)
     checkpoint.load_tensors(whole[-1], tensors, own, run.mesh)
     run.harvest.load(waiting, rank_state["buffer"], rank_state["refilling"])
     run.rows.load_state_dict(rank_state["data"])

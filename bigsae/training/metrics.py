@@ -15,28 +15,38 @@ from bigsae.parallel import collectives
 from bigsae.sae.losses import Moments, StepOutput
 
 # Places of the rank-local sums in WindowSums.local
-_SQUARED_ERROR, _NUM_ACTIVE, _LOSS, _AUXK_LOSS = range(4)
+_SQUARED_ERROR, _NUM_ACTIVE, _LOSS, _PARTS = range(4)
 
 
 class WindowSums:
     """Sums since the last log, in float64 on the device; they leave it once a log."""
 
-    def __init__(self, d_in: int, device: torch.device):
-        self.total = torch.zeros(d_in, dtype=torch.float64, device=device)
+    def __init__(self, d_out: int, loss_parts: tuple[str, ...], device: torch.device):
+        self.loss_parts = loss_parts
+        self.total = torch.zeros(d_out, dtype=torch.float64, device=device)
         self.squares = torch.zeros((), dtype=torch.float64, device=device)
         self.grad_norm = torch.zeros((), dtype=torch.float64, device=device)
         self.num_skipped = torch.zeros((), dtype=torch.float64, device=device)
-        self.local = torch.zeros(4, dtype=torch.float64, device=device)
+        self.local = torch.zeros(_PARTS + len(loss_parts), dtype=torch.float64, device=device)
         self.num_tokens = 0
         self.num_steps = 0
+        self.num_updates = 0
 
-    def add(self, moments: Moments, output: StepOutput, grad_norm: Tensor, skipped: Tensor) -> None:
-        """Take in one step."""
+    def add(self, moments: Moments, output: StepOutput, update: tuple[Tensor, Tensor] | None) -> None:
+        """Take in one step, and the gradient norm and skip flag of its `update` where it had one."""
         self.total += moments.total
         self.squares += moments.squares
-        self.grad_norm += grad_norm
-        self.num_skipped += skipped
-        parts = (output.squared_error, output.num_active, output.loss, output.auxk_loss)
+        if update is not None:
+            self.grad_norm += update[0]
+            self.num_skipped += update[1]
+            self.num_updates += 1
+        squared_error = output.residual.float().square().sum()
+        parts = (
+            squared_error,
+            output.num_active,
+            output.loss,
+            *(output.parts[name] for name in self.loss_parts),
+        )
         self.local += torch.stack([part.detach().double() for part in parts])
         self.num_tokens += moments.num_tokens
         self.num_steps += 1
@@ -52,8 +62,8 @@ class WindowSums:
             "loss": sums[_LOSS] / self.num_steps,
             "fvu": sums[_SQUARED_ERROR] / variance,
             "l0": sums[_NUM_ACTIVE] / self.num_tokens,
-            "auxk_loss": sums[_AUXK_LOSS] / self.num_steps,
-            "grad_norm": self.grad_norm.item() / self.num_steps,
+            **{name: sums[_PARTS + i] / self.num_steps for i, name in enumerate(self.loss_parts)},
+            "grad_norm": self.grad_norm.item() / max(self.num_updates, 1),
             "num_skipped_steps": self.num_skipped.item(),
         }
 
@@ -61,7 +71,7 @@ class WindowSums:
         """Begin a new window."""
         for tensor in (self.total, self.squares, self.grad_norm, self.num_skipped, self.local):
             tensor.zero_()
-        self.num_tokens = self.num_steps = 0
+        self.num_tokens = self.num_steps = self.num_updates = 0
 
     def tensors(self) -> dict[str, Tensor]:
         """The sums that are the same on every rank, for a checkpoint."""

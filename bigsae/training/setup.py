@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import datasets
@@ -14,22 +15,26 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 from torch import Tensor
+from transformers import PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
 from bigsae import config as cfg
+from bigsae.checks import check, resolve_d_sae
 from bigsae.config import TrainConfig, UserError, WandbConfig
 from bigsae.data import tokens
 from bigsae.data.buffer import ActivationBuffer
 from bigsae.data.harvest import Harvest
 from bigsae.kernels.dispatch import backend
 from bigsae.lm.activations import Extractor
-from bigsae.lm.hookpoints import Site, locate, resolve_hookpoints
+from bigsae.lm.hookpoints import Hookpoint, Site, locate, resolve_hookpoints
 from bigsae.lm.loading import LMLayout, load_lm, local_bytes, meta_model, resolve_layout, vocab_size
 from bigsae.parallel import collectives
 from bigsae.parallel.mesh import Mesh, build_mesh
 from bigsae.training import folder
+from bigsae.training.checkpoint import checkpoints
 from bigsae.training.loop import Run, resume
 from bigsae.training.signals import StopSignal
+from bigsae.training.start import load_start
 from bigsae.training.trainer import SAETrainer
 
 logger = logging.getLogger("bigsae")
@@ -45,13 +50,19 @@ def prepare(config: TrainConfig, stop: StopSignal) -> tuple[Run, Callable[[], No
     if not mesh.is_main:
         datasets.disable_progress_bars()
         disable_progress_bar()
-    cfg.check(config, mesh.num_ranks)
+    check(config, mesh.num_ranks)
     folder.check_folder(config)
     layout = resolve_layout(config.lm, mesh.num_ranks, mesh.num_local_ranks)
     meta, lm_config = meta_model(config.model, config.lm)
-    sites = locate(meta, resolve_hookpoints(config.hookpoints, meta))
-    for site in sites:
-        cfg.resolve_d_sae(config.sae, site.d_in)
+    targets = _targets(config, meta)
+    sites = locate(meta, list({h.name: h for pair in targets for h in pair}.values()))
+    widths = {site.name: site.d_in for site in sites}
+    targets.sort(key=lambda pair: list(widths).index(pair[0].name))  # as the forward meets them
+    for source_hookpoint, _ in targets:
+        resolve_d_sae(config.sae, widths[source_hookpoint.name])
+    goes_on = config.resume and checkpoints(Path(config.output_dir) / "checkpoints")
+    only = len(targets) == 1
+    starts = {read.name: None if goes_on else load_start(config.sae, read.name, only) for read, _ in targets}
     with _errors_shared(mesh):
         source = tokens.open_dataset(config.dataset, config.data)
         tokenizer = None
@@ -68,8 +79,17 @@ def prepare(config: TrainConfig, stop: StopSignal) -> tuple[Run, Callable[[], No
     trained_on = _trained_on(config, tokenizer, vocab_size(lm_config))
     harvest = _harvest(config, sites, rows, Extractor(model, sites), trained_on, mesh)
     trainers = {
-        site.name: SAETrainer(config.sae, config.optim, site.d_in, config.num_steps, config.seed, mesh)
-        for site in sites
+        read.name: SAETrainer(
+            config.sae,
+            config.optim,
+            widths[read.name],
+            config.num_steps,
+            config.seed,
+            mesh,
+            d_out=widths[predicted.name] if config.sae.output_hookpoint else None,
+            start=starts[read.name],
+        )
+        for read, predicted in targets
     }
     run = Run(
         config,
@@ -78,6 +98,7 @@ def prepare(config: TrainConfig, stop: StopSignal) -> tuple[Run, Callable[[], No
         rows,
         heldout,
         trainers,
+        {read.name: predicted.name for read, predicted in targets},
         _metadata(config, rows),
         _tracker(accelerator, config),
         stop,
@@ -109,6 +130,25 @@ def _errors_shared(mesh: Mesh) -> Iterator[None]:
         message = str(error)
     if message := collectives.first_text(message, mesh.control):
         raise UserError(message)
+
+
+def _targets(config: TrainConfig, meta: PreTrainedModel) -> list[tuple[Hookpoint, Hookpoint]]:
+    """What each SAE reads and what it predicts, by the names in `config`."""
+    reads = resolve_hookpoints(config.hookpoints, meta)
+    if not config.sae.output_hookpoint:
+        return [(hookpoint, hookpoint) for hookpoint in reads]
+    predicted = resolve_hookpoints(config.sae.output_hookpoint, meta, flag="--sae.output-hookpoint")
+    if len(reads) != len(predicted):
+        raise UserError(
+            f"--hookpoints names {len(reads)} activations and --sae.output-hookpoint {len(predicted)}: they pair up "
+            "one to one"
+        )
+    for ours, theirs in zip(reads, predicted, strict=True):
+        if ours == theirs:
+            raise UserError(
+                f"--sae.output-hookpoint {theirs.name} is what it is predicted from: name another, or none"
+            )
+    return list(zip(reads, predicted, strict=True))
 
 
 def _accelerator(wandb: WandbConfig) -> Accelerator:

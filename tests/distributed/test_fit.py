@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -32,12 +34,19 @@ def config(**options) -> SAEConfig:
     return SAEConfig(k=4, d_sae=384, init_tokens=2 * BATCH, **options)
 
 
-def train(sae: SAEConfig) -> dict:
+def transcoder_batches() -> list[tuple[Tensor, Tensor]]:
+    """As `make_batches`, with targets of another width and scale."""
+    mixing = torch.randn(D_IN, 20, generator=torch.Generator().manual_seed(1))
+    return [(x, (x - 5).relu() @ mixing + 30) for x in make_batches()]
+
+
+def train(sae: SAEConfig, optim: OptimConfig = OPTIM, transcoder: bool = False) -> dict:
     """Everything about a finished training that must not depend on the number of ranks."""
-    trainer = fit_trainer(make_batches(), sae, OPTIM, seed=0, num_steps=None)
+    batches = transcoder_batches() if transcoder else make_batches()
+    trainer = fit_trainer(batches, sae, optim, seed=0, num_steps=None)
     metrics = trainer.read_metrics()
     return {
-        "weights": {name: p.detach() for name, p in trainer.sae.named_parameters()},
+        "weights": {name: t.detach() for name, t in trainer.sae.state_dict().items()},
         "adam": {n: trainer.adam.state[p]["exp_avg"] for n, p in trainer.sae.named_parameters()},
         "scale": trainer.scale,
         "num_tokens_since_fired": trainer.firing.num_tokens_since_fired,
@@ -51,6 +60,7 @@ def assert_same(ours: dict, theirs: dict) -> None:
         torch.testing.assert_close(
             ours["weights"][name], theirs["weights"][name], rtol=0, atol=1e-6, msg=name
         )
+    for name in ours["adam"]:
         torch.testing.assert_close(ours["adam"][name], theirs["adam"][name], rtol=1e-4, atol=1e-6, msg=name)
     assert ours["scale"] == pytest.approx(theirs["scale"], rel=1e-12)
     assert torch.equal(ours["num_tokens_since_fired"], theirs["num_tokens_since_fired"])
@@ -67,6 +77,62 @@ def test_same_weights_with_dead_latents_and_auxk(num_ranks):
     assert alone["metrics"]["auxk_loss"] > 0
     for result in run_ranks(num_ranks, train, sae):
         assert_same(alone, result)
+
+
+DEAD = {"d_sae": 384, "init_tokens": 2 * BATCH, "dead_after_tokens": 2 * BATCH}
+# The mean of the activations, long and not taken out, keeps about half the latents silent.
+FAR = {"b_dec_init": "zeros"}
+CASES = {
+    "multi-topk": (SAEConfig(k=4, multi_topk=True, **DEAD), OPTIM, False),
+    "batchtopk": (SAEConfig(architecture="batchtopk", k=4, **DEAD), OPTIM, False),
+    "matryoshka": (SAEConfig(architecture="matryoshka", k=4, prefixes=(24, 100), **DEAD), OPTIM, False),
+    "jumprelu": (SAEConfig(architecture="jumprelu", target_l0=6, **DEAD), OPTIM, False),
+    "quadratic": (
+        SAEConfig(architecture="jumprelu", sparsity_loss="quadratic", target_l0=6, **DEAD),
+        OPTIM,
+        False,
+    ),
+    "jumprelu, dense at first": (
+        SAEConfig(architecture="jumprelu", pre_act_coefficient=0.1, **DEAD),
+        OPTIM,
+        False,
+    ),
+    "tanh": (
+        SAEConfig(architecture="jumprelu", sparsity_loss="tanh", l0_coefficient=20, **DEAD),
+        OPTIM,
+        False,
+    ),
+    "gated": (SAEConfig(architecture="gated", resample_every_tokens=5 * BATCH, **FAR, **DEAD), OPTIM, False),
+    "standard": (
+        SAEConfig(architecture="standard", resample_every_tokens=5 * BATCH, **FAR, **DEAD),
+        OPTIM,
+        False,
+    ),
+    "layer_norm": (SAEConfig(k=4, normalize="layer_norm", **DEAD), OPTIM, False),
+    "accumulation": (SAEConfig(k=4, **DEAD), replace(OPTIM, accumulation_steps=2), False),
+    "topk transcoder": (SAEConfig(k=4, skip=True, **DEAD), OPTIM, True),
+    "batchtopk transcoder": (SAEConfig(architecture="batchtopk", k=4, **DEAD), OPTIM, True),
+    "jumprelu transcoder": (SAEConfig(architecture="jumprelu", target_l0=6, skip=True, **DEAD), OPTIM, True),
+}
+
+
+def train_all() -> dict[str, dict]:
+    return {name: train(*case) for name, case in CASES.items()}
+
+
+@pytest.fixture(scope="module")
+def alone_and_on_two() -> tuple[dict[str, dict], list[dict[str, dict]]]:
+    """Every case on one rank, and on two: all of them in one launch."""
+    return train_all(), run_ranks(2, train_all)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_architecture_on_two_ranks(alone_and_on_two, case):
+    alone, ranks = alone_and_on_two
+    if case not in ("jumprelu, dense at first", "tanh"):
+        assert alone[case]["metrics"]["dead_fraction"] > 0, "no dead set to compare"
+    for result in ranks:
+        assert_same(alone[case], result[case])
 
 
 def dead_after(num_tokens: int) -> float:

@@ -15,10 +15,12 @@ import torch
 import torch.distributed as dist
 import transformers.modeling_utils
 from safetensors import safe_open
+from torch._dynamo.utils import counters
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3MoeConfig
 
 from bigsae.config import LMConfig
+from bigsae.lm import compiling
 from bigsae.lm.activations import Extractor
 from bigsae.lm.hookpoints import activation_of, decoder_layers, locate, resolve_hookpoints
 from bigsae.lm.loading import load_lm, local_bytes, meta_model, resolve_layout
@@ -28,7 +30,14 @@ from tests.models import tiny_llama
 
 CPU = torch.device("cpu")
 NUM_LAYERS = 6
-PATTERNS = ["model.layers.2", "model.layers.1.mlp", "model.layers.2.self_attn", "model.layers.1:input"]
+PATTERNS = [
+    "model.layers.2", "model.layers.1.mlp", "model.layers.2.self_attn", "model.layers.1:input",
+    "model.layers.1.mlp:input",
+]  # fmt: skip
+IN_ORDER = [
+    "model.layers.1:input", "model.layers.1.mlp:input", "model.layers.1.mlp", "model.layers.2.self_attn",
+    "model.layers.2",
+]  # fmt: skip
 
 
 @contextmanager
@@ -95,7 +104,9 @@ def check_equal(folder: str, model: PreTrainedModel, sites: tuple, ids: torch.Te
     expected, _ = plain_activations(plain_model(Path(folder)), ids, [site.name for site in sites])
     extract = Extractor(model, sites)
     for _ in range(2):
-        for name, activation in extract(ids).items():
+        found = extract(ids)
+        assert list(found) == [site.name for site in sites]
+        for name, activation in found.items():
             assert torch.equal(activation, expected[name]), name
 
 
@@ -107,6 +118,7 @@ def on_two_ranks(folder: str, moe: str) -> dict[str, Any]:
     assert layout.kind == "fsdp"
     meta, _ = meta_model(folder, lm)
     sites = locate(meta, resolve_hookpoints(PATTERNS, meta))
+    assert [site.name for site in sites] == IN_ORDER
     with asked_for() as names:
         model = load_lm(folder, lm, meta, layout, CPU, sites)
     result = {
@@ -159,6 +171,31 @@ def check_a_hundred_stops(folder: str, meta: PreTrainedModel) -> None:
     assert torch.equal(extract(ids)["model.layers.4"], expected["model.layers.4"])
 
 
+def on_two_ranks_with_flags(folder: str) -> list[int]:
+    """Under autocast, then compiled as well, ranks with different numbers of rows; the graphs so far after each."""
+    compiling._OPTIONS["backend"] = "aot_eager"  # what is captured, run as it is: exact, and in seconds
+    rank = dist.get_rank()
+    plain = plain_model(Path(folder))
+    num_graphs = []
+    for shard_size, compiled in ((1, False), (2, False), (2, True)):
+        lm = LMConfig(dtype="float32", shard_size=shard_size, autocast=True, compile=compiled)
+        meta, _ = meta_model(folder, lm)
+        sites = locate(meta, resolve_hookpoints(PATTERNS, meta))
+        model = load_lm(folder, lm, meta, resolve_layout(lm, 2, 2), CPU, sites, all_layers=True)
+        extract = Extractor(model, sites)
+        for rows in ((3, 1, 2), (2, 3, 1))[rank]:
+            ids = tokens(rank + rows)[:1].repeat(rows, 1)
+            with torch.autocast("cpu", torch.bfloat16):
+                expected, logits = plain_activations(plain, ids, IN_ORDER)
+            for name, activation in extract(ids).items():
+                assert activation.dtype == expected[name].dtype
+                assert torch.equal(activation, expected[name]), name
+            assert torch.equal(extract.splice(ids, {}), logits)
+            assert shard_size == 1 or gathered(model) == []
+        num_graphs.append(counters["stats"]["unique_graphs"])
+    return num_graphs
+
+
 def on_four_ranks(folder: str) -> str:
     lm = LMConfig(dtype="float32", shard_size=2)
     meta, _ = meta_model(folder, lm)
@@ -201,6 +238,11 @@ def test_two_ranks_share_one_copy_of_the_needed_layers(llama: str, moe: str) -> 
         assert result["local"] < 0.6 * sum(needed.values())
         assert result["bytes"] < 4 * result["local"] + 1024
     assert sum(result["local"] for result in results) == sum(needed.values())
+
+
+def test_flags_of_the_forward_on_two_ranks(llama: str) -> None:
+    # The compiler's trial; the layers with one row, and with several.
+    assert run_ranks(2, on_two_ranks_with_flags, llama) == [[0, 0, 3]] * 2
 
 
 def test_four_ranks_hold_two_copies(llama: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,7 @@ from bigsae.lm.hookpoints import (
     with_activation,
 )
 from bigsae.lm.loading import load_lm, meta_model, num_dropped_layers, resolve_layout
-from tests.lm.conftest import NUM_LAYERS, VOCAB
+from tests.lm.conftest import D_MODEL, NUM_LAYERS, VOCAB
 from tests.lm.plain import plain_activations, plain_model
 
 LM = LMConfig(dtype="float32")
@@ -29,11 +30,13 @@ CPU = torch.device("cpu")
 IDS = torch.randint(VOCAB, (3, 20), generator=torch.Generator().manual_seed(0))
 
 
-def extractor(folder: Path, patterns: Sequence[str], all_layers: bool = False) -> Extractor:
-    meta, _ = meta_model(str(folder), LM)
+def extractor(
+    folder: Path, patterns: Sequence[str], all_layers: bool = False, lm: LMConfig = LM
+) -> Extractor:
+    meta, _ = meta_model(str(folder), lm)
     sites = locate(meta, resolve_hookpoints(patterns, meta))
-    layout = resolve_layout(LM, 1, 1, {})
-    return Extractor(load_lm(str(folder), LM, meta, layout, CPU, sites, all_layers=all_layers), sites)
+    layout = resolve_layout(lm, 1, 1, {})
+    return Extractor(load_lm(str(folder), lm, meta, layout, CPU, sites, all_layers=all_layers), sites)
 
 
 def names(sites: Sequence[Site]) -> list[str]:
@@ -59,6 +62,45 @@ def test_extraction_equals_torch_hooks(model_folder: Path) -> None:
             assert torch.equal(activation, expected[name]), name
             assert not activation.requires_grad
             assert not activation.is_inference()
+
+
+@pytest.mark.parametrize(
+    ("architecture", "mlp"),
+    [("llama", "model.layers.1.mlp"), ("gpt2", "transformer.h.1.mlp"), ("qwen3_moe", "model.layers.1.mlp")],
+)
+def test_a_modules_input_and_output_in_one_forward(
+    model_folders: dict[str, Path], architecture: str, mlp: str
+) -> None:
+    both = [f"{mlp}:input", mlp]
+    expected, logits = plain_activations(plain_model(model_folders[architecture]), IDS, both)
+    for patterns in (both, both[::-1]):
+        extract = extractor(model_folders[architecture], patterns, all_layers=True)
+        found = extract(IDS)
+        assert list(found) == names(extract.sites) == both
+        for name in both:
+            assert torch.equal(found[name], expected[name]), name
+        assert torch.equal(extract.splice(IDS, {name: lambda x: x.clone() for name in both}), logits)
+
+
+def test_autocast_equals_the_plain_model_under_autocast(model_folder: Path) -> None:
+    patterns = ["blocks.1.hook_mlp_out", "blocks.2.hook_attn_out", "blocks.2.hook_resid_post"]
+    extract = extractor(model_folder, patterns, True, replace(LM, autocast=True))
+    plain = plain_model(model_folder)
+    exact, _ = plain_activations(plain, IDS, names(extract.sites))
+    with torch.autocast("cpu", torch.bfloat16):
+        expected, logits = plain_activations(plain, IDS, names(extract.sites))
+    for name, activation in extract(IDS).items():
+        assert activation.dtype == expected[name].dtype
+        assert torch.equal(activation, expected[name]), name
+        assert not torch.equal(activation, exact[name])
+
+    def in_float32(x: Tensor) -> Tensor:
+        scale = 1 + 2**-20  # which bfloat16 rounds to 1
+        assert torch.equal(x.float() @ (torch.eye(D_MODEL) * scale), x.float() * scale)
+        return x.clone()
+
+    assert torch.equal(extract.splice(IDS, dict.fromkeys(names(extract.sites), in_float32)), logits)
+    assert not torch.is_autocast_enabled("cpu")
 
 
 def test_only_the_needed_layers_are_loaded(model_folder: Path) -> None:

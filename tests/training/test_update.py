@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 
 import pytest
@@ -13,7 +12,6 @@ from bigsae.training.firing import FiringStatistics
 from bigsae.training.fit import fit_trainer
 from bigsae.training.initialise import activation_scale, decoder_bias
 from bigsae.training.optim import adam_step, build_adam, gradient_norm, project_rows_, renormalise_rows_
-from bigsae.training.schedule import lr_schedule
 
 CPU = torch.device("cpu")
 
@@ -32,7 +30,7 @@ def test_clip_and_mask_equal_torch():
     """Clipping by the fused kernel's grad_scale is clip_grad_norm_; a norm that is no number changes nothing."""
     optim = OptimConfig(lr=0.1)
     ours, theirs = (torch.nn.Parameter(torch.ones(3, 4)) for _ in range(2))
-    adam, plain = build_adam([ours], optim), torch.optim.Adam([theirs], lr=0.1, eps=1e-8)
+    adam, plain = build_adam({"ours": ours}, optim), torch.optim.Adam([theirs], lr=0.1, eps=1e-8)
     for step in range(3):
         gradient = torch.randn(3, 4, generator=torch.Generator().manual_seed(step)) * 10
         ours.grad, theirs.grad = gradient.clone(), gradient.clone()
@@ -49,7 +47,7 @@ def test_clip_and_mask_equal_torch():
 
 def test_small_gradients_are_not_scaled_up():
     parameter = torch.nn.Parameter(torch.zeros(2))
-    adam = build_adam([parameter], OptimConfig(eps=1.0))
+    adam = build_adam({"w": parameter}, OptimConfig(eps=1.0))
     parameter.grad = torch.tensor([0.01, 0.0])
     adam_step(adam, 0.1, gradient_norm([parameter.grad]), grad_clip=1.0)
     torch.testing.assert_close(adam.state[parameter]["exp_avg"], torch.tensor([0.001, 0.0]))
@@ -69,18 +67,6 @@ def test_renormalise():
     unit = rows / rows.norm(dim=1, keepdim=True)
     renormalise_rows_(rows)
     torch.testing.assert_close(rows, unit)
-
-
-def test_schedule():
-    factor = lr_schedule(OptimConfig(warmup_steps=10, decay_fraction=0.2), 100)
-    assert [factor(0), factor(9), factor(50), factor(80), factor(99)] == pytest.approx([0.1, 1, 1, 1, 0.05])
-    cosine = lr_schedule(OptimConfig(warmup_steps=0, decay_fraction=0, schedule="cosine"), 100)
-    assert [cosine(0), cosine(50), cosine(99)] == pytest.approx(
-        [1, 0.5, 0.5 * (1 + math.cos(0.99 * math.pi))]
-    )
-    default = lr_schedule(OptimConfig(), 200)
-    assert [default(0), default(9), default(10)] == pytest.approx([0.1, 1, 1])
-    assert lr_schedule(OptimConfig(), None)(10_000) == 1
 
 
 def test_firing_window_and_dead():
@@ -139,7 +125,7 @@ def plain_steps(batches, start, k, lr, clip):
 def test_the_step_is_the_plain_one():
     """Projected before the norm, all four gradients in it, clipped (hard), and Adam sees what is left."""
     batches = [torch.randn(64, 12, generator=torch.Generator().manual_seed(i)) + 1 for i in range(4)]
-    config = SAEConfig(k=3, d_sae=30, normalize="none", init_tokens=64)
+    config = SAEConfig(k=3, d_sae=30, normalize="none", init_tokens=64, decoder_lr_factor=1)
     optim = OptimConfig(lr=0.01, warmup_steps=0, decay_fraction=0, grad_clip=0.05, eps=1e-8)
     start = fit_trainer(batches[:1], config, replace(optim, lr=1e-12), seed=0, num_steps=1)
     expected, norm = plain_steps(batches, dict(start.sae.named_parameters()), 3, 0.01, 0.05)
@@ -174,3 +160,42 @@ def test_geometric_median_resists_outliers():
     towards = torch.nn.functional.normalize(x - median, dim=1).sum(0)
     assert towards.norm() < 1e-2
     assert decoder_bias(x, "zeros", None).abs().max() == 0
+
+
+@pytest.mark.parametrize("start", [0.0, 4.0])
+def test_thresholds_reach_the_target_from_where_no_pre_act_is_near(start):
+    """All latents fire, or none and nothing lies in any threshold's window: from either the target L0 is reached."""
+    batches = [torch.randn(256, 12, generator=torch.Generator().manual_seed(i)) for i in range(300)]
+    config = SAEConfig(
+        architecture="jumprelu",
+        d_sae=48,
+        target_l0=4,
+        l0_coefficient=10,
+        jumprelu_init_threshold=start,
+        threshold_lr=0.03,
+        init_tokens=256,
+    )
+    trainer = fit_trainer(batches[:1], config, OptimConfig(lr=1e-3, warmup_steps=0), seed=0, num_steps=300)
+    first = trainer.read_metrics()["l0"]
+    assert first > 15 if start == 0 else first < 0.01
+    for batch in batches[1:]:
+        trainer.train_step(batch)
+    trainer.read_metrics()
+    trainer.train_step(batches[0])
+    assert trainer.read_metrics()["l0"] == pytest.approx(4, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"k": 4}, {"architecture": "jumprelu", "target_l0": 4, "threshold_lr": 1e-12}],
+    ids=["topk", "jumprelu"],
+)
+def test_the_encoder_starts_at_the_scale_of_the_reconstruction(options):
+    """No other scale of the first reconstructions is closer to the tokens; at the decoder's own it is far from them."""
+    batch = torch.randn(256, 12, generator=torch.Generator().manual_seed(0)) + 2
+    config = SAEConfig(d_sae=600, init_tokens=256, **options)
+    sae = fit_trainer([batch], config, OptimConfig(lr=1e-12), seed=0, num_steps=None).folded()
+    with torch.no_grad():
+        centred, decoded = batch - sae.b_dec, sae(batch) - sae.b_dec
+    assert ((centred * decoded).sum() / decoded.square().sum()).item() == pytest.approx(1, abs=0.02)
+    assert not 0.8 < sae.W_enc.norm(dim=1).mean() / sae.W_dec.norm(dim=1).mean() < 1.25

@@ -1,0 +1,132 @@
+"""The format of dictionary_learning (checked against 0.1.0), which is only read: config.json and ae.pt.
+
+Its classes name the same tensors differently; `decoder.weight` of an nn.Linear is [d_in, d_sae], as is a `W_enc`. What
+is read computes what its `utils.load_dictionary` gives. Those with one threshold become JumpReLU SAEs, as in SAELens.
+"""
+
+from __future__ import annotations
+
+import math
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bigsae.config import UserError
+from bigsae.hub.weights import check_k, check_tensors, counts, fill, read_json, unit_decoder
+from bigsae.sae.base import SAE, Shape
+from bigsae.sae.gated import GatedSAE
+from bigsae.sae.jumprelu import JumpReLUSAE
+from bigsae.sae.standard import StandardSAE
+from bigsae.sae.topk import TopKSAE
+
+WEIGHTS = "ae.pt"
+_LINEAR = {"encoder.weight": "W_enc", "encoder.bias": "b_enc", "decoder.weight": "W_dec"}
+_PLAIN = {name: name for name in ("W_enc", "b_enc", "W_dec", "b_dec", "threshold")}
+# Each class's tensors, and what they are here; k and group_sizes, which are integers, aside.
+_CLASSES: dict[str, dict[str, str]] = {
+    "AutoEncoder": {**_LINEAR, "bias": "b_dec"},
+    "AutoEncoderNew": {**_LINEAR, "decoder.bias": "b_dec"},
+    "GatedAutoEncoder": {
+        "encoder.weight": "W_enc",
+        "decoder.weight": "W_dec",
+        "decoder_bias": "b_dec",
+        "gate_bias": "b_gate",
+        "mag_bias": "b_mag",
+        "r_mag": "r_mag",
+    },
+    "JumpReluAutoEncoder": _PLAIN,
+    "AutoEncoderTopK": {**_LINEAR, "b_dec": "b_dec", "threshold": "threshold"},
+    "BatchTopKSAE": {**_LINEAR, "b_dec": "b_dec", "threshold": "threshold"},
+    "MatryoshkaBatchTopKSAE": _PLAIN,
+}
+_WITH_K = ("AutoEncoderTopK", "BatchTopKSAE", "MatryoshkaBatchTopKSAE")
+_TRANSPOSED = ("W_enc", "decoder.weight")
+# Beside the weights, at up to 8 bytes each, the file holds some pickled names, and padding.
+_SLACK_BYTES = 1 << 20
+
+
+def read(folder: Path) -> SAE:
+    """The SAE that dictionary_learning wrote to `folder`. Raises UserError where it is none of ours.
+
+    Of an AutoEncoderTopK the k largest latents are taken, as its `encode` does by default; its threshold, which
+    `use_threshold=True` takes instead, is kept in the metadata.
+    """
+    path = folder / "config.json"
+    config = read_json(path)
+    trainer = config.get("trainer")
+    name = trainer.get("dict_class") if isinstance(trainer, dict) else None
+    if not isinstance(trainer, dict) or not isinstance(name, str) or name not in _CLASSES:
+        raise UserError(f"{path}: dict_class {name!r} cannot be loaded; known is {', '.join(_CLASSES)}")
+    d_in, d_sae = counts(trainer, path, "activation_dim", "dict_size")
+    apply_b_dec_to_input = name not in ("AutoEncoderNew", "JumpReluAutoEncoder")
+    shape = Shape(d_in, d_sae, apply_b_dec_to_input=apply_b_dec_to_input)
+    tensors = _read_tensors(folder / WEIGHTS, name, trainer, d_in, d_sae)
+    metadata = {"model_name": trainer.get("lm_name"), "dictionary_learning": config}
+    if name == "AutoEncoderTopK":
+        (k,) = counts(trainer, path, "k")
+        check_k(k, d_sae, path)
+        metadata["threshold"] = tensors.pop("threshold").item()
+        return fill(TopKSAE(shape, k, device="meta"), tensors, metadata)
+    if name == "GatedAutoEncoder":
+        return fill(GatedSAE(shape, device="meta"), tensors, metadata)
+    if name == "AutoEncoder":
+        return fill(StandardSAE(shape, device="meta"), unit_decoder(tensors), metadata)
+    if name == "AutoEncoderNew":
+        return fill(StandardSAE(shape, device="meta"), tensors, metadata)
+    # -1 stands for a threshold that no step has set yet: the ReLU, which theirs always has, remains.
+    tensors["threshold"] = tensors["threshold"].clamp(min=0).expand(d_sae)
+    return fill(JumpReLUSAE(shape, device="meta"), tensors, metadata)
+
+
+def _read_tensors(path: Path, name: str, trainer: dict[str, Any], d_in: int, d_sae: int) -> dict[str, Tensor]:
+    """The tensors of a dictionary of class `name` in `path`, under our names and in our layout."""
+    names = _CLASSES[name]
+    sizes = {"W_enc": (d_sae, d_in), "W_dec": (d_sae, d_in), "b_dec": (d_in,)}
+    shapes = {theirs: sizes.get(ours, (d_sae,)) for theirs, ours in names.items()}
+    shapes |= {theirs: shape[::-1] for theirs, shape in shapes.items() if theirs in _TRANSPOSED}
+    if name in _WITH_K:
+        shapes["threshold"] = ()
+    tensors = _load(path, sum(math.prod(shape) for shape in shapes.values()))
+    if name in _WITH_K:
+        found = tensors.pop("k", None)
+        if found is None or found.numel() != 1 or found.item() != trainer.get("k"):
+            raise UserError(f"{path}: it holds k {found}, config.json says {trainer.get('k')!r}")
+    if name == "MatryoshkaBatchTopKSAE":
+        # All groups are active in what is saved; config.json has their sizes.
+        tensors.pop("group_sizes", None)
+    check_tensors(tensors, shapes, path)
+    return {
+        ours: tensors[theirs].T if theirs in _TRANSPOSED else tensors[theirs]
+        for theirs, ours in names.items()
+    }
+
+
+def _load(path: Path, num_weights: int) -> dict[str, Tensor]:
+    """The tensors in `path`, which should hold about `num_weights` numbers; nothing else is ever unpickled."""
+    try:
+        with zipfile.ZipFile(path) as file:
+            entries = file.infolist()
+    except (OSError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path} cannot be read: {error}") from None
+    num_bytes = sum(entry.file_size for entry in entries)
+    if num_bytes > 8 * num_weights + _SLACK_BYTES or any(entry.compress_type for entry in entries):
+        raise UserError(
+            f"{path}: {num_bytes} bytes are not the {num_weights} weights that config.json calls for: it is not loaded"
+        )
+    try:
+        tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # A pickle that is torn, or none of tensors, fails in any way.
+        raise UserError(f"{path} cannot be read as tensors: {error}") from None
+    if not isinstance(tensors, dict) or not all(_is_plain(tensor) for tensor in tensors.values()):
+        raise UserError(f"{path} holds other things than tensors: it is not loaded")
+    return dict(tensors)
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether it is a tensor of as many elements as the file holds: strides of 0 make gigabytes of a few bytes."""
+    if not isinstance(value, Tensor) or value.layout != torch.strided or value.device.type != "cpu":
+        return False
+    return value.is_contiguous() or (value.ndim == 2 and value.T.is_contiguous())

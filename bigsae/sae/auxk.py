@@ -1,0 +1,39 @@
+"""AuxK (Gao et al. 2024, arXiv 2406.04093, appendix A.2): dead latents learn the residual.
+
+With e = y − ŷ held fixed and ê = Σ over the k_aux largest pre_acts of dead latents · W_dec (b_dec not added again):
+
+    loss += coefficient · min(num_dead / k_aux, 1) · Σ‖e − ê‖² / Σ‖e − ē‖²
+
+Its gradient reaches the encoder, and is not stopped by a ReLU: the pre_acts of dead latents are small or negative.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from bigsae.kernels.decode import sparse_decode
+from bigsae.kernels.encode import topk_encode
+from bigsae.sae.base import SAE
+from bigsae.sae.losses import StepContext, global_moments
+
+
+def auxk_loss(
+    sae: SAE,
+    encoder_input: Tensor,
+    b_enc: nn.Parameter,
+    e: Tensor,
+    k_aux: int,
+    coefficient: float,
+    context: StepContext,
+) -> Tensor:
+    """This rank's share of the weighted loss for the residual `e` [batch, d_out]; 0 while no latent is dead."""
+    if context.dead is None or not coefficient:
+        return e.new_zeros(())
+    e = e.detach()
+    acts, indices, pattern = topk_encode(
+        encoder_input, sae.W_enc, b_enc, min(k_aux, sae.d_sae), mask=context.dead.mask, relu=False
+    )
+    e_hat = sparse_decode(acts, indices, sae.W_dec, pattern)
+    variance = global_moments(e, context.num_tokens, context.group).variance().float()
+    weight = coefficient * (context.dead.num_dead / k_aux).clamp(max=1.0)
+    return weight * (e - e_hat).square().sum() / variance
