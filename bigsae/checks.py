@@ -81,6 +81,24 @@ def resolve_d_sae(sae: SAEConfig, d_in: int) -> int:
     return d_sae
 
 
+def check_latent(num_latent: int | None, num_ranks: int) -> None:
+    """Find a `--mesh.latent` that does not divide the ranks. Raises UserError."""
+    _positive("--mesh.latent", num_latent)
+    if num_latent is not None and num_ranks % num_latent:
+        raise UserError(
+            f"--mesh.latent {num_latent} does not divide the {num_ranks} ranks: set it to a divisor of {num_ranks}"
+        )
+
+
+def check_divides(d_sae: int, num_latent: int) -> None:
+    """Find a number of ranks that cannot share `d_sae` latents equally. Raises UserError."""
+    if d_sae % num_latent:
+        raise UserError(
+            f"--mesh.latent {num_latent} does not divide d_sae {d_sae}: set --sae.d-sae to a multiple of {num_latent}, "
+            "or another --mesh.latent"
+        )
+
+
 def resolve_prefixes(sae: SAEConfig, d_sae: int) -> tuple[int, ...]:
     """Matryoshka's widths, ascending; the last is d_sae."""
     prefixes = sae.prefixes or tuple(d_sae // part for part in (16, 8, 4, 2) if d_sae // part)
@@ -197,6 +215,11 @@ def check_optim(optim: OptimConfig) -> None:
     _at_least("--optim.grad-clip", optim.grad_clip, 0)
     if optim.num_cycles is not None and optim.schedule != "cosine_restarts":
         raise UserError("--optim.num-cycles does nothing without --optim.schedule cosine_restarts: set it")
+    if optim.grad_dtype == "bfloat16" and optim.accumulation_steps > 1:
+        raise UserError(
+            "--optim.grad-dtype bfloat16 would round each sum of gradients that --optim.accumulation-steps "
+            f"{optim.accumulation_steps} gathers: leave one of them out"
+        )
     if optim.min_factor is not None and optim.schedule == "constant":
         raise UserError("--optim.min-factor does nothing with --optim.schedule constant: leave it out")
 

@@ -44,7 +44,10 @@ def parse_train_config(arguments: list[str]) -> TrainConfig:
 
 
 def run_command(main: Callable[[], None]) -> None:
-    """Run `main`; a UserError becomes a short message and exit status 2. Rank 0 alone prints."""
+    """Run `main`; a UserError becomes a short message and exit status 2, a lost rank one and exit status 1.
+
+    Of a UserError rank 0 alone prints, of a lost rank the first one of each node that is left.
+    """
     level = logging.INFO if _rank() == 0 else logging.ERROR
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("bigsae").setLevel(level)
@@ -57,6 +60,20 @@ def run_command(main: Callable[[], None]) -> None:
             message = f"error on rank {_rank()}: {error}"
         print(message, file=sys.stderr, flush=True)
         sys.exit(2)
+    except RuntimeError as error:
+        from bigsae.parallel.nodes import (  # torch is loaded by now, not while --help is asked for
+            PeerLost,
+            local_rank,
+        )
+
+        if not isinstance(error, PeerLost):
+            raise
+        if local_rank():
+            time.sleep(_SECONDS_FOR_RANK_0)
+        print(f"error on rank {_rank()}: {error}", file=sys.stderr, flush=True)
+        sys.stdout.flush()
+        # Not through the interpreter's end: what tears groups down there waits for the lost rank again.
+        os._exit(1)
 
 
 def _rank() -> int:

@@ -182,6 +182,8 @@ class SAEConfig:
     """Compute the encoder's matmul in bfloat16, whatever the weights' type."""
     compile: bool = False
     """Compile the step's forward (torch.compile); of use where its dense part is large."""
+    slab_mb: int = 256
+    """MiB of pre-activations that exist at a time. Decides memory, and results to rounding alone."""
 
 
 @dataclass(frozen=True)
@@ -211,6 +213,23 @@ class OptimConfig:
     """Largest global norm of the gradient; 0 turns clipping off."""
     accumulation_steps: int = 1
     """Batches (of --batch-size-tokens) whose gradients are averaged into one update. Steps count batches."""
+    grad_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Data type of the gradients of W_enc and W_dec, also in which they travel between ranks."""
+    moments_dtype: Literal["float32", "bfloat16", "int8"] = "float32"
+    """Data type in which Adam's moments of W_enc and W_dec are kept; below float32 with stochastic rounding."""
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """How the ranks share the SAEs."""
+
+    latent: int | None = None
+    """Ranks that hold one SAE between them, each a part of its latents. Default: chosen from the widths, the ranks of
+    a node and the memory; the choice and its reason are logged."""
+    shard_optimizer: bool = False
+    """Share Adam's moments among the ranks that hold the same latents (ZeRO-1)."""
+    distribute_saes: bool = False
+    """Give each SAE to one rank instead of having every rank train a copy of each; activations travel to the owner."""
 
 
 @dataclass(frozen=True)
@@ -270,6 +289,12 @@ class TrainConfig:
     """Steps between rows of metrics.jsonl."""
     resume: bool = False
     """Go on from the newest whole checkpoint in --output-dir; starts afresh, and says so, where there is none."""
+    timeout: float = 30.0
+    """Minutes that a rank waits for another one before the run ends with an error."""
+    sweep: tuple[str, ...] = ()
+    """Train a grid of SAEs on each hookpoint from the same forwards: options of --sae and --optim, or seed, with their
+    values, e.g. sae.k=16,32 optim.lr=1e-4,2e-4; or the path of a .json file."""
+    mesh: MeshConfig = field(default_factory=MeshConfig)
     lm: LMConfig = field(default_factory=LMConfig)
     data: DataConfig = field(default_factory=DataConfig)
     buffer: BufferConfig = field(default_factory=BufferConfig)

@@ -12,11 +12,11 @@ def main() -> None:
     config = parse_train_config(sys.argv[1:])
     from torch import distributed as dist  # after parsing, so that --help is quick
 
-    from bigsae.training.run import Preempted, train_saes
+    from bigsae.training.run import Preempted, run_training
 
     stopped_by = None
     try:
-        train_saes(config)
+        run_training(config)
     except Preempted as stopped:
         stopped_by = stopped
     if dist.is_initialized():

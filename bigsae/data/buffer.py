@@ -7,10 +7,14 @@ same activations in the same order.
 
 from __future__ import annotations
 
+import logging
+
 import torch
 from torch import Tensor
 
 from bigsae.seeds import derive_seed
+
+logger = logging.getLogger("bigsae")
 
 _COPY_ROWS = 16_384
 
@@ -117,12 +121,29 @@ class ActivationBuffer:
         return {name: s.new_empty(num_tokens, s.shape[1], device="cpu") for name, s in self.storage.items()}
 
     def load(self, tensors: dict[str, Tensor], counters: dict[str, int]) -> None:
-        """Take back what `tensors` and `counters` gave."""
+        """Take back what `tensors` and `counters` gave; of other ranks' buffers together, without "generator"."""
         num_unread, num_waiting = counters["num_unread"], counters["num_unread"] + counters["num_new"]
-        slots = torch.arange(self.capacity + self.headroom)
+        self._make_room(num_waiting)
+        slots = torch.arange(len(next(iter(self.storage.values()))))
         for name, storage in self.storage.items():
             storage[:num_waiting] = tensors[name].to(storage.device)
         self._set_unread(slots[:num_unread])
         self._free = slots[num_waiting:]
         self._new = [slots[num_unread:num_waiting]]
-        self._generator.set_state(tensors["generator"])
+        if "generator" in tensors:
+            self._generator.set_state(tensors["generator"])
+
+    def _make_room(self, num_waiting: int) -> None:
+        """Grow where fewer ranks than before hold what waited: none of it may be lost."""
+        slots = num_waiting + self.headroom
+        if slots <= self.capacity + self.headroom:
+            return
+        logger.warning(
+            "the buffer of a rank grows from %d to %d activations, to hold those of more ranks",
+            self.capacity,
+            num_waiting,
+        )
+        for name, storage in self.storage.items():
+            self.storage[name] = torch.empty(
+                slots, storage.shape[1], dtype=storage.dtype, device=storage.device, pin_memory=self._pinned
+            )

@@ -86,6 +86,12 @@ class Harvest:
         self.refilling = refilling
         self._least_unread = collectives.min_int(self.buffer.num_unread, self.mesh.control)
 
+    def refill_from(self, parts: list[dict[str, Tensor]]) -> None:
+        """Go on with waiting activations of other ranks' buffers: they are read after a refill, in a new order."""
+        empty = {name: s.new_empty(0, s.shape[1], device="cpu") for name, s in self.buffer.storage.items()}
+        whole = {name: torch.cat([empty[name], *(part[name] for part in parts)]) for name in empty}
+        self.load(whole, {"num_unread": 0, "num_new": len(next(iter(whole.values())))}, refilling=True)
+
     def _gather(self, finite: Tensor, should_stop: Callable[[], bool]) -> bool:
         """Forwards until every rank's buffer is full or its data has ended. Returns whether it was stopped before."""
         while True:

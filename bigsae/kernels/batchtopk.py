@@ -83,6 +83,7 @@ def _select(
     num_keep: int,
     guess: Tensor | None,
     ranks: Ranks,
+    first: int,
     slab_rows: int | None,
 ) -> tuple[Tensor, RaggedPairs, Tensor]:
     for bound in _bounds(x, W_enc, b_enc, num_keep, guess, ranks):
@@ -90,7 +91,9 @@ def _select(
         num_found = int(ranks.sum_(torch.tensor([values.numel()], device=x.device)))
         if num_found >= num_keep or float(bound) == 0:
             break
-    keep, smallest = select_global(values, pairs.latents, num_keep, pairs.d_sae, ranks)
+    # At least as many as there are: it decides no more than how many digits are looked at.
+    d_sae = W_enc.shape[0] * ranks.num_ranks
+    keep, smallest = select_global(values, first + pairs.latents, num_keep, d_sae, ranks)
     return values[keep], pairs.select(keep), smallest
 
 
@@ -102,6 +105,7 @@ def batchtopk_encode(
     guess: Tensor | None,
     ranks: Ranks,
     *,
+    first: int = 0,
     slab_rows: int | None = None,
 ) -> tuple[Tensor, RaggedPairs, Tensor]:
     """The num_keep largest positive x @ W_enc.T + b_enc of all ranks' tokens, differentiable (once).
@@ -112,11 +116,12 @@ def batchtopk_encode(
 
     Args:
         x: [batch, d_in], this rank's tokens. The matmul runs in its dtype; W_enc and b_enc are cast to it.
-        W_enc: [d_sae, d_in], contiguous; b_enc: [d_sae]. The same on all ranks.
+        W_enc: [d_sae, d_in], contiguous; b_enc: [d_sae]: those of all latents, or a part of them, as many on all ranks.
         num_keep: how many of all ranks' together; fewer are kept where fewer are positive. NaN counts as the largest.
         guess: [], the same on all ranks: about the smallest value that will be kept, such as that of the previous step.
             Estimated where it is None. It decides the work to be done, not the result.
         ranks: who selects together.
+        first: number of this rank's first latent among all latents, where it holds a part of them.
         slab_rows: rows of the slab; by default as many as fit in 256 MB.
 
     Returns:
@@ -127,5 +132,5 @@ def batchtopk_encode(
         ValueError: if the shapes do not fit.
     """
     check_encoder(x, W_enc, b_enc)
-    values, pairs, smallest = _select(x, W_enc, b_enc, num_keep, guess, ranks, slab_rows)
+    values, pairs, smallest = _select(x, W_enc, b_enc, num_keep, guess, ranks, first, slab_rows)
     return attach(values, pairs, x, W_enc, b_enc), pairs, smallest

@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 
 from bigsae.kernels.decode import gather_sum
 from bigsae.kernels.dispatch import backend
-from bigsae.kernels.sparse_grad import LatentMajor
+from bigsae.kernels.sparse_grad import LatentMajor, gradient_dtype
 from bigsae.kernels.topk import select_topk
 
 _SLAB_BYTES = 256 * 2**20
@@ -55,10 +55,18 @@ def pre_acts_by_slab(
         yield start, torch.addmm(b_enc, chunk, W_enc.T, out=slab[: chunk.shape[0]])
 
 
-def _select_pre_acts(
+def select_pre_acts(
     x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, mask: Tensor | None, slab_rows: int | None
 ) -> tuple[Tensor, Tensor]:
-    """The k best pre-activations [batch, k] and their indices; masked latents come last, as -inf."""
+    """The k best pre-activations [batch, k] and their indices; masked latents come last, as -inf. No autograd."""
+    if mask is not None and backend(x.device) == "torch":
+        return _select_compact(x, W_enc, b_enc, k, mask, slab_rows)
+    return _select_of_all(x, W_enc, b_enc, k, mask, slab_rows)
+
+
+def _select_of_all(
+    x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, mask: Tensor | None, slab_rows: int | None
+) -> tuple[Tensor, Tensor]:
     top_values = x.new_empty(x.shape[0], k)
     top_indices = torch.empty(x.shape[0], k, dtype=torch.int64, device=x.device)
     for start, pre_acts in pre_acts_by_slab(x, W_enc, b_enc, slab_rows):
@@ -70,7 +78,7 @@ def _select_pre_acts(
 def _select_compact(
     x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, mask: Tensor, slab_rows: int | None
 ) -> tuple[Tensor, Tensor]:
-    """As `_select_pre_acts`, from the rows of W_enc that the mask leaves: the same result for less work.
+    """As `_select_of_all`, from the rows of W_enc that the mask leaves: the same result for less work.
 
     `nonzero` asks for the number of rows, which on a GPU would be a host synchronisation; on CPU it is free.
     """
@@ -79,7 +87,7 @@ def _select_compact(
     top_values = x.new_full((x.shape[0], k), float("-inf"))
     top_indices = torch.empty(x.shape[0], k, dtype=torch.int64, device=x.device)
     if k_alive > 0:
-        values, indices = _select_pre_acts(x, W_enc[alive], b_enc[alive], k_alive, None, slab_rows)
+        values, indices = _select_of_all(x, W_enc[alive], b_enc[alive], k_alive, None, slab_rows)
         top_values[:, :k_alive], top_indices[:, :k_alive] = values, alive[indices]
     # As in a selection over all latents: ties at -inf go to the lowest index.
     top_indices[:, k_alive:] = (~mask).nonzero().squeeze(1)[: k - k_alive]
@@ -98,10 +106,7 @@ class _TopKEncode(torch.autograd.Function):
         relu: bool,
         slab_rows: int | None,
     ) -> tuple[Tensor, Tensor, LatentMajor]:
-        if mask is not None and backend(x.device) == "torch":
-            top_acts, top_indices = _select_compact(x, W_enc, b_enc, k, mask, slab_rows)
-        else:
-            top_acts, top_indices = _select_pre_acts(x, W_enc, b_enc, k, mask, slab_rows)
+        top_acts, top_indices = select_pre_acts(x, W_enc, b_enc, k, mask, slab_rows)
         off = None  # where no gradient passes
         if mask is not None:
             off = ~mask[top_indices]
@@ -128,7 +133,7 @@ class _TopKEncode(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             dx = gather_sum(d_pre, pattern.top_indices, W_enc, dtype=x.dtype)
         if ctx.needs_input_grad[1]:
-            dW_enc = pattern.rows(d_pre, x, dtype=W_enc.dtype)
+            dW_enc = pattern.rows(d_pre, x, dtype=gradient_dtype(W_enc))
         if ctx.needs_input_grad[2]:
             db_enc = pattern.sums(d_pre, dtype=ctx.b_enc_dtype)
         return dx, dW_enc, db_enc, None, None, None, None
@@ -179,7 +184,7 @@ def topk_encode(
     Returns:
         top_acts [batch, k] in the dtype of x and top_indices [batch, k] int64, ordered by (pre-activation
         descending, latent ascending), and the LatentMajor of these indices, to hand to `sparse_decode`. Gradients
-        are accumulated in float32 and come in the dtypes of their inputs.
+        are accumulated in float32 and come in the dtypes of their inputs, that of W_enc in its `gradient_dtype`.
 
     Raises:
         ValueError: if shapes or k do not fit, or mask is not bool [d_sae].

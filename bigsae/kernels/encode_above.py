@@ -13,6 +13,7 @@ from torch.autograd.function import once_differentiable
 from bigsae.kernels.dispatch import use_triton
 from bigsae.kernels.encode import check_encoder, pre_acts_by_slab
 from bigsae.kernels.pairs import DensePairs, RaggedPairs, gather_sum
+from bigsae.kernels.sparse_grad import gradient_dtype
 
 # On a Zen 4 core, [2048, 16384] with 32 above in each row: 31 ms, whatever the bounds, where the matmul takes 424 and
 # `nonzero` of all comparisons 180. Maxima of tiles (topk.py) take 23 if all bounds are equal, 75 if they vary.
@@ -112,7 +113,7 @@ class _Attach(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             dx = gather_sum(d_pre, pairs, W_enc, dtype=x.dtype)
         if ctx.needs_input_grad[2]:
-            dW_enc = pairs.latent_major.rows(d_pre, x, dtype=W_enc.dtype)
+            dW_enc = pairs.latent_major.rows(d_pre, x, dtype=gradient_dtype(W_enc))
         if ctx.needs_input_grad[3]:
             db_enc = pairs.latent_major.sums(d_pre, dtype=ctx.b_enc_dtype)
         return None, dx, dW_enc, db_enc, None
@@ -126,7 +127,8 @@ def attach(values: Tensor, pairs: RaggedPairs, x: Tensor, W_enc: Tensor, b_enc: 
         x: [batch, d_in]; W_enc: [d_sae, d_in]; b_enc: [d_sae].
 
     Returns:
-        values. Gradients are accumulated in float32 (float64 for float64) and come in the dtypes of their inputs.
+        values. Gradients are accumulated in float32 (float64 for float64) and come in the dtypes of their inputs, that
+        of W_enc in its `gradient_dtype`.
     """
     if values.shape != pairs.latents.shape or x.shape[0] != pairs.batch or W_enc.shape[0] != pairs.d_sae:
         raise ValueError(
@@ -136,9 +138,11 @@ def attach(values: Tensor, pairs: RaggedPairs, x: Tensor, W_enc: Tensor, b_enc: 
     return _Attach.apply(values, x, W_enc, b_enc, pairs)  # pyright: ignore[reportReturnType]
 
 
-def encode_above(x: Tensor, W_enc: Tensor, b_enc: Tensor, bound: Tensor) -> tuple[Tensor, RaggedPairs]:
+def encode_above(
+    x: Tensor, W_enc: Tensor, b_enc: Tensor, bound: Tensor, *, slab_rows: int | None = None
+) -> tuple[Tensor, RaggedPairs]:
     """The pre-activations above the bound and their pairs, as `find_above`, with the gradient of `attach`."""
-    values, pairs = find_above(x, W_enc, b_enc, bound)
+    values, pairs = find_above(x, W_enc, b_enc, bound, slab_rows=slab_rows)
     return attach(values, pairs, x, W_enc, b_enc), pairs
 
 

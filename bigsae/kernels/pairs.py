@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from bigsae.kernels.dispatch import use_triton
-from bigsae.kernels.sparse_grad import LatentMajor, RaggedLatentMajor
+from bigsae.kernels.sparse_grad import LatentMajor, RaggedLatentMajor, gradient_dtype
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:
@@ -123,7 +123,7 @@ class RaggedPairs:
 
         Returns:
             The sums in the wider dtype of values and weight, accumulated in float32 (float64 for float64). The
-            gradients come in the dtypes of their inputs.
+            gradients come in the dtypes of their inputs, that of weight in its `gradient_dtype`.
         """
         if values.shape != self.latents.shape or weight.shape[:1] != (self.d_sae,):
             raise ValueError(
@@ -212,7 +212,7 @@ class _Decode(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             d_values = gather_dot(d_out, pairs, weight, dtype=values.dtype)
         if ctx.needs_input_grad[1]:
-            d_weight = pairs.latent_major.rows(values, d_out, dtype=weight.dtype)
+            d_weight = pairs.latent_major.rows(values, d_out, dtype=gradient_dtype(weight))
         return d_values, d_weight, None
 
 

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
+from torch.distributed import ProcessGroup
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
@@ -29,8 +30,8 @@ from bigsae.lm.hookpoints import Site, decoder_layers, num_layers_needed
 from bigsae.lm.layout import LMLayout, resolve_layout
 
 __all__ = [
-    "LMLayout", "load_lm", "local_bytes", "meta_model", "num_dropped_layers", "resolve_layout", "runs_under_autocast",
-    "vocab_size",
+    "LMLayout", "download_lm", "load_lm", "local_bytes", "meta_model", "num_dropped_layers", "process_groups",
+    "resolve_layout", "runs_under_autocast", "vocab_size",
 ]  # fmt: skip
 
 logger = logging.getLogger(__name__)
@@ -208,10 +209,6 @@ def load_lm(
             raise ValueError("load_lm needs the sites to compute, or all_layers=True")
         num_layers = min(num_layers, num_layers_needed(sites))
     config = _cut(meta, lm, num_layers)
-    hub, rest = _split_kwargs(lm)
-    rest = {
-        name: value for name, value in rest.items() if not hasattr(config, name)
-    }  # else it stands in there
     where: dict[str, Any] = {"device_map": {"": device}}
     if layout.shard_size > 1:
         where = {
@@ -221,26 +218,8 @@ def load_lm(
                 fsdp_plan=_fsdp_plan(meta),
             )
         }
-    try:
-        with _own_loading(), _silence_dropped_layers(meta, config):
-            pair: Any = AutoModelForCausalLM.from_pretrained(
-                model,
-                config=config,
-                revision=lm.revision,
-                trust_remote_code=lm.trust_remote_code,
-                dtype=getattr(torch, lm.dtype),
-                output_loading_info=True,
-                **where,
-                **hub,
-                **rest,
-            )
-    except OSError as error:
-        raise UserError(f"--model {model}: its weights cannot be opened: {_first_lines(error)}") from error
-    except TypeError as error:
-        if unknown := [name for name in rest if f"'{name}'" in str(error)]:
-            raise UserError(f"--lm.kwargs: from_pretrained knows no {unknown[0]!r}: leave it out") from error
-        raise
-    loaded, report = pair
+    with _silence_dropped_layers(meta, config):
+        loaded, report = _from_pretrained(model, lm, config, where)
     if report["missing_keys"]:
         missing = sorted(report["missing_keys"])
         raise UserError(
@@ -258,6 +237,45 @@ def load_lm(
     if lm.compile:
         compile_layers(loaded, sites)
     return loaded
+
+
+def download_lm(model: str, lm: LMConfig, meta: PreTrainedModel) -> None:
+    """Bring the weights that `load_lm` reads, with the same arguments, from the Hub to this node's cache.
+
+    Talks to no other rank, reads no weight, and does nothing for a `model` that is a folder. Raises UserError.
+    """
+    if os.path.isdir(model):
+        return
+    _from_pretrained(model, lm, meta.config, {"device_map": "meta"})
+
+
+def _from_pretrained(
+    model: str, lm: LMConfig, config: PreTrainedConfig, where: dict[str, Any]
+) -> tuple[Any, dict[str, Any]]:
+    """The loaded model and transformers' report. Raises UserError."""
+    hub, rest = _split_kwargs(lm)
+    # What the configuration has stands in there.
+    rest = {name: value for name, value in rest.items() if not hasattr(config, name)}
+    try:
+        with _own_loading():
+            pair: Any = AutoModelForCausalLM.from_pretrained(
+                model,
+                config=config,
+                revision=lm.revision,
+                trust_remote_code=lm.trust_remote_code,
+                dtype=getattr(torch, lm.dtype),
+                output_loading_info=True,
+                **where,
+                **hub,
+                **rest,
+            )
+    except OSError as error:
+        raise UserError(f"--model {model}: its weights cannot be opened: {_first_lines(error)}") from error
+    except TypeError as error:
+        if unknown := [name for name in rest if f"'{name}'" in str(error)]:
+            raise UserError(f"--lm.kwargs: from_pretrained knows no {unknown[0]!r}: leave it out") from error
+        raise
+    return pair
 
 
 def num_dropped_layers(model: nn.Module) -> int:
@@ -280,6 +298,12 @@ def local_bytes(model: nn.Module) -> int:
         local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
         tensors[local.data_ptr(), local.numel()] = local.nbytes
     return sum(tensors.values())
+
+
+def process_groups(model: nn.Module) -> list[ProcessGroup]:
+    """The groups of ranks in which a sharded model's weights travel; none of a model that is whole on each rank."""
+    meshes = {parameter.device_mesh for parameter in model.parameters() if isinstance(parameter, DTensor)}
+    return [group for mesh in meshes for group in mesh.get_all_groups()]
 
 
 def _fsdp_plan(meta: PreTrainedModel) -> dict[str, str]:

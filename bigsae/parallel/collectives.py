@@ -1,13 +1,18 @@
-"""Reductions over a group of ranks. With group None (one rank) each of them does nothing."""
+"""Reductions and exchanges over a group of ranks. With group None (one rank) each of them does nothing."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
+
+# Renamed in torch 2.13, which warns of the old names.
+_all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter: Any = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
 def sum_(tensor: Tensor, group: ProcessGroup | None) -> Tensor:
@@ -15,6 +20,59 @@ def sum_(tensor: Tensor, group: ProcessGroup | None) -> Tensor:
     if group is not None:
         dist.all_reduce(tensor, op=dist.ReduceOp.SUM, group=group)
     return tensor
+
+
+def max_(tensor: Tensor, group: ProcessGroup | None) -> Tensor:
+    """Replace `tensor` by its maximum over the group, and return it."""
+    if group is not None:
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=group)
+    return tensor
+
+
+def gather(tensor: Tensor, group: ProcessGroup | None) -> Tensor:
+    """The tensors [n, ...] of all ranks of the group, by rank: [n * ranks, ...]. All of the same shape."""
+    if group is None:
+        return tensor
+    whole = tensor.new_empty(len(tensor) * dist.get_world_size(group), *tensor.shape[1:])
+    _all_gather(whole, tensor.contiguous(), group=group)
+    return whole
+
+
+def fill_from_parts_(whole: Tensor, part: Tensor, group: ProcessGroup | None) -> None:
+    """Bring each rank's part [n, ...], a view of its own rows of `whole` [n * ranks, ...], to the other ranks."""
+    if group is not None:
+        _all_gather(whole, part.clone(), group=group)
+
+
+def sum_to_parts(tensor: Tensor, group: ProcessGroup | None) -> Tensor:
+    """This rank's part [n, ...] of the sum over the group of `tensor` [n * ranks, ...]."""
+    if group is None:
+        return tensor
+    part = tensor.new_empty(len(tensor) // dist.get_world_size(group), *tensor.shape[1:])
+    _reduce_scatter(part, tensor, group=group)
+    return part
+
+
+def gather_on_host(tensor: Tensor, group: ProcessGroup | None) -> Tensor:
+    """As `gather`, with the result on the CPU: one rank's part after the other passes through the device."""
+    if group is None:
+        return tensor.cpu()
+    part = torch.empty_like(tensor)
+    parts = []
+    for source in dist.get_process_group_ranks(group):
+        sent = tensor.contiguous() if source == dist.get_rank() else part
+        dist.broadcast(sent, src=source, group=group)
+        parts.append(sent.to("cpu", copy=True))
+    return torch.cat(parts)
+
+
+def objects(value: Any, group: ProcessGroup | None) -> list[Any]:
+    """The values of all ranks of the group, by rank (a CPU group)."""
+    if group is None:
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(values, value, group=group)
+    return values
 
 
 def max_ints(values: Iterable[int], group: ProcessGroup | None) -> list[int]:
@@ -40,8 +98,4 @@ def barrier(group: ProcessGroup | None) -> None:
 
 def first_text(text: str, group: ProcessGroup | None) -> str:
     """The first text over the group that is not empty, by rank; empty where all are (a CPU group)."""
-    if group is None:
-        return text
-    texts: list[str] = [""] * dist.get_world_size(group)
-    dist.all_gather_object(texts, text, group=group)
-    return next(filter(None, texts), "")
+    return next(filter(None, objects(text, group)), "")

@@ -11,8 +11,6 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from bigsae.kernels.decode import sparse_decode
-from bigsae.kernels.encode import topk_encode
 from bigsae.sae.base import SAE
 from bigsae.sae.losses import StepContext, global_moments
 
@@ -30,10 +28,9 @@ def auxk_loss(
     if context.dead is None or not coefficient:
         return e.new_zeros(())
     e = e.detach()
-    acts, indices, pattern = topk_encode(
-        encoder_input, sae.W_enc, b_enc, min(k_aux, sae.d_sae), mask=context.dead.mask, relu=False
-    )
-    e_hat = sparse_decode(acts, indices, sae.W_dec, pattern)
+    k = min(k_aux, sae.d_sae)
+    selected = sae.encode_topk(encoder_input, b_enc, k, mask=context.dead.mask, relu=False)
+    e_hat = sae.shape.latents.sum(selected.decode(sae.W_dec))
     variance = global_moments(e, context.num_tokens, context.group).variance().float()
     weight = coefficient * (context.dead.num_dead / k_aux).clamp(max=1.0)
     return weight * (e - e_hat).square().sum() / variance

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
+from bigsae.kernels.batchtopk import batchtopk_encode
 from bigsae.kernels.encode_above import encode_above, encode_dense
 from bigsae.kernels.pairs import DensePairs, RaggedPairs
+from bigsae.kernels.topk_pairs import OwnOfTopK, TopK, topk_pairs
 from bigsae.parallel import collectives
+from bigsae.parallel.latents import Latents
 from bigsae.sae.losses import StepContext, StepOutput
 from bigsae.seeds import derive_seed
 
@@ -41,10 +44,18 @@ class Shape:
     """What the SAE does to each token before encoding, and undoes after decoding."""
     autocast: bool = False
     """Whether the encoder's matmul runs in bfloat16."""
+    slab_mb: int = 256
+    """MiB of pre-activations that exist at a time."""
+    latents: Latents = field(default_factory=Latents)
+    """Which part of the latents this rank holds, and with whom; by default all of them."""
 
 
 class SAE(nn.Module, ABC):
-    """A sparse autoencoder, or a transcoder. `W_enc` is `[d_sae, d_in]`, `W_dec` `[d_sae, d_out]`, a row a latent."""
+    """A sparse autoencoder, or a transcoder. `W_enc` is `[d_sae, d_in]`, `W_dec` `[d_sae, d_out]`, a row a latent.
+
+    In training a rank may hold a part of the latents alone, `d_own` of them; then all that has a row a latent has
+    `d_own` rows, and the ranks of `shape.latents` make the same calls with the same tokens.
+    """
 
     architecture: ClassVar[str]
     loss_parts: ClassVar[tuple[str, ...]] = ()
@@ -55,6 +66,8 @@ class SAE(nn.Module, ABC):
     """Whether latents are selected by comparing them with each other, and not each with its threshold."""
     encoder_biases: ClassVar[tuple[str, ...]] = ("b_enc",)
     """Parameters [d_sae] that are in the units of pre_acts: the biases, and thresholds."""
+    shared: ClassVar[tuple[str, ...]] = ("b_dec", "W_skip")
+    """Parameters that are no latent's own; all others have a row for each latent."""
     W_enc: nn.Parameter
     W_dec: nn.Parameter
     b_dec: nn.Parameter
@@ -63,12 +76,13 @@ class SAE(nn.Module, ABC):
         super().__init__()
         self.shape = shape
         self.d_in, self.d_sae = shape.d_in, shape.d_sae
+        self.d_own = shape.d_sae // shape.latents.num_ranks
         self.d_out = shape.d_out if shape.d_out is not None else shape.d_in
         self.metadata: dict[str, Any] = {}
-        self.W_enc = nn.Parameter(torch.empty(self.d_sae, self.d_in, device=device))
-        self.W_dec = nn.Parameter(torch.empty(self.d_sae, self.d_out, device=device))
+        self.W_enc = nn.Parameter(torch.empty(self.d_own, self.d_in, device=device))
+        self.W_dec = nn.Parameter(torch.empty(self.d_own, self.d_out, device=device))
         for name in self.encoder_biases:
-            self.register_parameter(name, nn.Parameter(torch.zeros(self.d_sae, device=device)))
+            self.register_parameter(name, nn.Parameter(torch.zeros(self.d_own, device=device)))
         self.b_dec = nn.Parameter(torch.zeros(self.d_out, device=device))
         self.W_skip = nn.Parameter(torch.zeros(self.d_out, self.d_in, device=device)) if shape.skip else None
 
@@ -84,9 +98,10 @@ class SAE(nn.Module, ABC):
         An SAE's encoder starts as its decoder (Gao et al. 2024), at a scale that `calibrate` may set; a transcoder's,
         whose input is another space, in random directions of its own.
         """
-        _fill_with_directions(self.W_dec, seed, "W_dec", decoder_norm)
+        first = self.shape.latents.rank * self.d_own
+        _fill_with_directions(self.W_dec, seed, "W_dec", decoder_norm, first, self.d_sae)
         if self.is_transcoder:
-            _fill_with_directions(self.W_enc, seed, "W_enc", 1.0)
+            _fill_with_directions(self.W_enc, seed, "W_enc", 1.0, first, self.d_sae)
         else:
             self.W_enc.copy_(self.W_dec)
 
@@ -94,16 +109,17 @@ class SAE(nn.Module, ABC):
         """Take what another architecture's SAE has beside the parameters that both have."""
 
     @torch.no_grad()
-    def calibrate(self, x: Tensor, group: ProcessGroup | None) -> None:
+    def calibrate(self, x: Tensor, context: StepContext) -> None:
         """Set what is better not started blindly from this rank's first tokens `x` [tokens, d_in], in SAE's units."""
 
     @torch.no_grad()
     def match_scale_(self, x: Tensor, decoded: Tensor, group: ProcessGroup | None) -> Tensor:
-        """Scale the encoder so that x̂ is closest to x, from what the latents of `x` [tokens, d_in] add up to now.
+        """Scale the encoder so that x̂ is closest to x, from what own latents of `x` [tokens, d_in] add up to now.
 
         Decoder rows in random directions are far from orthogonal: what k of them were selected for adds up to several
         times x, and a start at an FVU of 10 costs latents that the first steps push away. Returns the factor, [].
         """
+        decoded = self.shape.latents.sum_(decoded)
         products = torch.zeros(2, dtype=torch.float64, device=x.device)
         for rows, recon in zip(x.split(_ROWS_AT_ONCE), decoded.split(_ROWS_AT_ONCE), strict=True):
             products[0] += ((rows - self.b_dec) * recon).sum(dtype=torch.float64)
@@ -118,7 +134,7 @@ class SAE(nn.Module, ABC):
         """What the encoder's matrix is applied to, for `x` [batch, d_in] in the SAE's units."""
         centred = x.to(self.W_enc.dtype)
         if self.shape.apply_b_dec_to_input and not self.is_transcoder:
-            centred = centred - self.b_dec
+            centred = centred - self.shape.latents.share(self.b_dec)
         return centred.bfloat16() if self.shape.autocast else centred
 
     def encode_pairs(
@@ -126,12 +142,37 @@ class SAE(nn.Module, ABC):
     ) -> tuple[Tensor, DensePairs | RaggedPairs]:
         """pre_acts of all pairs (token, latent), or only (`sparse`) of those above `bound`, [] or [d_sae]."""
         if sparse:
-            return encode_above(encoder_input, self.W_enc, bias, bound)
+            rows = self.slab_rows(encoder_input.dtype)
+            return encode_above(encoder_input, self.W_enc, bias, bound, slab_rows=rows)
         return encode_dense(encoder_input, self.W_enc, bias)
 
+    def encode_topk(
+        self, encoder_input: Tensor, bias: Tensor, k: int, *, mask: Tensor | None = None, relu: bool = True
+    ) -> TopK | OwnOfTopK:
+        """The k largest pre_acts of each token, of all latents, or of those where `mask` [d_own] is True."""
+        latents = self.shape.latents
+        gather = latents.gather if latents.num_ranks > 1 else None
+        rows = self.slab_rows(encoder_input.dtype)
+        return topk_pairs(
+            encoder_input, self.W_enc, bias, k, latents.rank, gather, mask=mask, relu=relu, slab_rows=rows
+        )
+
+    def encode_batchtopk(
+        self, encoder_input: Tensor, bias: Tensor, num_keep: int, guess: Tensor | None, context: StepContext
+    ) -> tuple[Tensor, RaggedPairs, Tensor]:
+        """The `num_keep` largest positive pre_acts of all tokens and latents; of them this rank's, and the smallest."""
+        first, rows = self.shape.latents.rank * self.d_own, self.slab_rows(encoder_input.dtype)
+        return batchtopk_encode(
+            encoder_input, self.W_enc, bias, num_keep, guess, context.ranks, first=first, slab_rows=rows
+        )
+
+    def slab_rows(self, dtype: torch.dtype) -> int:
+        """Tokens whose pre-activations exist at a time, in `dtype`."""
+        return max(1, self.shape.slab_mb * 2**20 // (self.d_own * dtype.itemsize))
+
     def output(self, x: Tensor, decoded: Tensor) -> Tensor:
-        """Reconstruction [batch, d_out] from what the latents of `x` [batch, d_in] add up to."""
-        recon = decoded + self.b_dec
+        """Reconstruction [batch, d_out] from what this rank's latents of `x` [batch, d_in] add up to."""
+        recon = self.shape.latents.sum(decoded) + self.b_dec
         return recon if self.W_skip is None else recon + x.to(self.W_skip.dtype) @ self.W_skip.T
 
     @abstractmethod
@@ -140,6 +181,7 @@ class SAE(nn.Module, ABC):
 
     def encode(self, x: Tensor) -> Tensor:
         """Latents of activations in the LM's own scale: `[..., d_in]` to dense `[..., d_sae]`."""
+        assert self.d_own == self.d_sae
         rows, _ = self._normalise(x)
         return self.latents(rows).to(self.W_enc.dtype).view(*x.shape[:-1], self.d_sae)
 
@@ -152,7 +194,7 @@ class SAE(nn.Module, ABC):
         return latents @ self.W_dec + self.b_dec
 
     def decoded(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """What the latents of `x` [batch, d_in] add up to, [batch, d_out], and the number of latents > 0 in all."""
+        """What this rank's latents of `x` [batch, d_in] add up to, [batch, d_out], and how many are > 0 in all."""
         latents = self.latents(x).to(self.W_dec.dtype)
         return latents @ self.W_dec, (latents > 0).sum()
 
@@ -160,8 +202,8 @@ class SAE(nn.Module, ABC):
         """Reconstruction of `x` [..., d_in], and the number of latents > 0 in all of it."""
         rows, undo = self._normalise(x)
         # In parts: where many latents fire, as early in an L1 SAE's training, their pairs outgrow a dense matrix.
-        parts, counts = zip(*map(self.decoded, rows.split(max(_PAIRS_AT_ONCE // self.d_sae, 1))), strict=True)
-        num_active = torch.stack(counts).sum()
+        parts, counts = zip(*map(self.decoded, rows.split(max(_PAIRS_AT_ONCE // self.d_own, 1))), strict=True)
+        num_active = self.shape.latents.sum_(torch.stack(counts).sum())
         recon = self.output(rows, torch.cat(parts))
         if undo is not None:
             recon = recon * undo[1] + undo[0]
@@ -229,8 +271,15 @@ def layer_norm(rows: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     return centred / (deviation + _LAYER_NORM_EPS), (mean, deviation)
 
 
-def _fill_with_directions(weight: Tensor, seed: int, name: str, norm: float) -> None:
-    for start in range(0, len(weight), _INIT_BLOCK):
+def _fill_with_directions(
+    weight: Tensor, seed: int, name: str, norm: float, first: int, num_rows: int
+) -> None:
+    """Rows of random directions; `weight` holds those from row `first` on of a matrix of `num_rows`."""
+    stop = first + len(weight)
+    for start in range(first // _INIT_BLOCK * _INIT_BLOCK, stop, _INIT_BLOCK):
         generator = torch.Generator().manual_seed(derive_seed(seed, name, start))
-        block = torch.randn(min(_INIT_BLOCK, len(weight) - start), weight.shape[1], generator=generator)
-        weight[start : start + len(block)] = norm * block / block.norm(dim=1, keepdim=True)
+        # Whole blocks, whoever holds them: the beginning of a longer randn need not be a shorter one.
+        block = torch.randn(min(_INIT_BLOCK, num_rows - start), weight.shape[1], generator=generator)
+        begin, end = max(start, first), min(start + _INIT_BLOCK, stop)
+        block = block[begin - start : end - start]
+        weight[begin - first : end - first] = norm * block / block.norm(dim=1, keepdim=True)

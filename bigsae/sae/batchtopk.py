@@ -14,11 +14,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed import ProcessGroup
 
 from bigsae.config import SAEConfig
-from bigsae.kernels.batchtopk import batchtopk_encode
-from bigsae.kernels.encode_above import encode_above
 from bigsae.kernels.pairs import RaggedPairs
 from bigsae.sae.auxk import auxk_loss
 from bigsae.sae.base import SAE, Shape
@@ -70,29 +67,27 @@ class BatchTopKSAE(SAE):
             self.threshold_weight.fill_(1.0)
 
     @torch.no_grad()
-    def calibrate(self, x: Tensor, group: ProcessGroup | None) -> None:
+    def calibrate(self, x: Tensor, context: StepContext) -> None:
         if not self.is_transcoder:
-            acts, pairs, _ = select_active(self, x, self.b_enc, self.k, group)
-            self.match_scale_(x, pairs.decode(acts, self.W_dec), group)
+            acts, pairs, _ = select_active(self, x, self.b_enc, self.k, context)
+            self.match_scale_(x, pairs.decode(acts, self.W_dec), context.group)
 
     def latents(self, x: Tensor) -> Tensor:
-        pre_acts = torch.nn.functional.linear(*self._encoder_arguments(x))
+        encoder_input = self.encoder_input(x)
+        W_enc, b_enc = self.W_enc.to(encoder_input.dtype), self.b_enc.to(encoder_input.dtype)
+        pre_acts = torch.nn.functional.linear(encoder_input, W_enc, b_enc)
         return pre_acts.masked_fill(pre_acts <= self.threshold, 0)
 
     def decoded(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        acts, pairs = encode_above(*self._encoder_arguments(x), self.threshold)
+        acts, pairs = self.encode_pairs(self.encoder_input(x), self.b_enc, self.threshold, sparse=True)
         return pairs.decode(acts, self.W_dec), (acts > 0).sum()
-
-    def _encoder_arguments(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        encoder_input = self.encoder_input(x)
-        return encoder_input, self.W_enc.to(encoder_input.dtype), self.b_enc.to(encoder_input.dtype)
 
     def training_forward(self, x: Tensor, y: Tensor, context: StepContext) -> StepOutput:
         encoder_input = self.encoder_input(x)
         guess = self.smallest if self._has_guess else None
         self._has_guess = True
-        acts, pairs, smallest = batchtopk_encode(
-            encoder_input, self.W_enc, self.b_enc, self.k * context.num_tokens, guess, context.ranks
+        acts, pairs, smallest = self.encode_batchtopk(
+            encoder_input, self.b_enc, self.k * context.num_tokens, guess, context
         )
         self._follow(smallest)
         loss, residual = self._reconstruct(x, y, acts, pairs, context.moments.variance().float())

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Protocol
 
 import torch
 
 from bigsae.checks import resolve_sae
 from bigsae.config import SAEConfig
+from bigsae.parallel.latents import Latents
 from bigsae.sae.base import SAE, Shape
 from bigsae.sae.batchtopk import BatchTopKSAE
 from bigsae.sae.gated import GatedSAE
@@ -32,11 +34,17 @@ ARCHITECTURES: dict[str, _Buildable] = {
 
 
 def build_sae(
-    config: SAEConfig, d_in: int, d_sae: int, seed: int, device: torch.device, d_out: int | None = None
+    config: SAEConfig,
+    d_in: int,
+    d_sae: int,
+    seed: int,
+    device: torch.device,
+    d_out: int | None = None,
+    latents: Latents | None = None,
 ) -> SAE:
-    """The SAE that `config` describes, with its starting weights: the same ones on every rank.
+    """The SAE that `config` describes, with its starting weights: the same ones however many ranks hold it.
 
-    `d_out`, where given, makes it a transcoder to activations of that width.
+    `d_out`, where given, makes it a transcoder to activations of that width; `latents` says which part is this rank's.
     """
     config = resolve_sae(config, transcoder=d_out is not None)
     assert config.apply_b_dec_to_input is not None and config.decoder_init_norm is not None
@@ -48,8 +56,16 @@ def build_sae(
         apply_b_dec_to_input=config.apply_b_dec_to_input,
         normalize="layer_norm" if config.normalize == "layer_norm" else "none",
         autocast=config.autocast,
+        slab_mb=config.slab_mb,
+        latents=latents or Latents(),
     )
     sae = ARCHITECTURES[config.architecture].from_config(config, shape, device)
     sae.initialise(seed, config.decoder_init_norm)
     sae.cast_(getattr(torch, config.dtype))
     return sae
+
+
+def empty_like(sae: SAE, config: SAEConfig) -> SAE:
+    """An SAE as `sae`, of all latents on one rank, without tensors (on the meta device) and without autocast."""
+    shape = replace(sae.shape, autocast=False, latents=Latents())
+    return ARCHITECTURES[config.architecture].from_config(config, shape, torch.device("meta"))

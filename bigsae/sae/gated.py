@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 
 from bigsae.config import SAEConfig
-from bigsae.kernels.encode_above import encode_above
 from bigsae.kernels.pairs import DensePairs, RaggedPairs
 from bigsae.sae.base import SAE, Shape
 from bigsae.sae.losses import StepContext, StepOutput
@@ -36,7 +35,7 @@ class GatedSAE(SAE):
     def __init__(self, shape: Shape, l1_coefficient: float = 5.0, device: torch.device | str = "cpu"):
         super().__init__(shape, device)
         self.l1_coefficient = l1_coefficient
-        self.r_mag = nn.Parameter(torch.zeros(self.d_sae, device=device))
+        self.r_mag = nn.Parameter(torch.zeros(self.d_own, device=device))
 
     @classmethod
     def from_config(cls, config: SAEConfig, shape: Shape, device: torch.device) -> GatedSAE:
@@ -51,7 +50,9 @@ class GatedSAE(SAE):
         return magnitude.masked_fill(linear + self.b_gate <= 0, 0)
 
     def decoded(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        gate, pairs = encode_above(self.encoder_input(x), self.W_enc, self.b_gate, self.b_gate.new_zeros(()))
+        gate, pairs = self.encode_pairs(
+            self.encoder_input(x), self.b_gate, self.b_gate.new_zeros(()), sparse=True
+        )
         acts = self._magnitudes(gate, pairs)
         return pairs.decode(acts, self.W_dec), (acts > 0).sum()
 
@@ -67,9 +68,11 @@ class GatedSAE(SAE):
         residual = y - self.output(x, pairs.decode(acts, self.W_dec))
         gate_acts = gate.relu()
         l1 = (gate_acts * pairs.spread(self.W_dec.detach().norm(dim=1))).sum()
-        gate_residual = y - (pairs.decode(gate_acts, self.W_dec.detach()) + self.b_dec.detach())
+        latents = self.shape.latents
+        gate_decoded = latents.sum(pairs.decode(gate_acts, self.W_dec.detach()))
+        gate_residual = y - (gate_decoded + self.b_dec.detach())
         parts = {
-            "l1_loss": self.l1_coefficient * context.sparsity * l1 / context.num_tokens,
+            "l1_loss": self.l1_coefficient * context.sparsity * latents.sum(l1) / context.num_tokens,
             "gate_loss": gate_residual.square().sum() / context.num_tokens,
         }
         fired = acts.detach() > 0

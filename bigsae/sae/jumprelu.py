@@ -24,17 +24,13 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed import ProcessGroup
 from torch.utils.checkpoint import checkpoint
 
 from bigsae.config import SAEConfig
-from bigsae.kernels.batchtopk import batchtopk_encode
-from bigsae.kernels.encode_above import encode_above
 from bigsae.kernels.jumprelu import jumprelu
 from bigsae.kernels.pairs import DensePairs, RaggedPairs
-from bigsae.parallel import collectives
 from bigsae.sae.base import SAE, Shape
-from bigsae.sae.losses import StepContext, StepOutput, ranks_of
+from bigsae.sae.losses import StepContext, StepOutput
 
 # The reconstruction loss, a sum over the width, pulls L0 above its target. At this weight against it L0 settled within
 # 6 % of 32 on SmolLM2-135M (layer 6, residual and MLP), at 1 within 10 and 34 %; FVU followed L0 and nothing else.
@@ -67,16 +63,16 @@ class JumpReLUSAE(SAE):
         self.threshold.data = self.threshold.data.float()
 
     @torch.no_grad()
-    def calibrate(self, x: Tensor, group: ProcessGroup | None) -> None:
+    def calibrate(self, x: Tensor, context: StepContext) -> None:
         assert self.config is not None
         if self.config.jumprelu_init_threshold is not None:
             self.threshold.fill_(self.config.jumprelu_init_threshold)
             return
         assert self.config.target_l0 is not None
-        acts, pairs, smallest = select_active(self, x, self.b_enc, self.config.target_l0, group)
+        acts, pairs, smallest = select_active(self, x, self.b_enc, self.config.target_l0, context)
         self.threshold.fill_(smallest)
         if not self.is_transcoder:
-            self.threshold.mul_(self.match_scale_(x, pairs.decode(acts, self.W_dec), group))
+            self.threshold.mul_(self.match_scale_(x, pairs.decode(acts, self.W_dec), context.group))
 
     def latents(self, x: Tensor) -> Tensor:
         encoder_input = self.encoder_input(x)
@@ -86,7 +82,9 @@ class JumpReLUSAE(SAE):
         return pre_acts.masked_fill(pre_acts <= self.threshold, 0).relu()
 
     def decoded(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        acts, pairs = encode_above(self.encoder_input(x), self.W_enc, self.b_enc, self.threshold.clamp(min=0))
+        acts, pairs = self.encode_pairs(
+            self.encoder_input(x), self.b_enc, self.threshold.clamp(min=0), sparse=True
+        )
         return pairs.decode(acts, self.W_dec), (acts > 0).sum()
 
     def training_forward(self, x: Tensor, y: Tensor, context: StepContext) -> StepOutput:
@@ -124,19 +122,23 @@ class JumpReLUSAE(SAE):
         if config.sparsity_loss == "tanh":
             assert config.tanh_scale is not None
             strengths = acts * pairs.spread(self.W_dec.norm(dim=1))
-            return self.l0_coefficient * torch.tanh(config.tanh_scale * strengths).sum()
+            total = torch.tanh(config.tanh_scale * strengths).sum()
+            return self.l0_coefficient * self.shape.latents.sum(total)
         l0 = pairs.token_sums(active)
+        if config.sparsity_loss == "step":
+            return self.l0_coefficient * self.shape.latents.sum(l0.sum())
         if config.sparsity_loss == "quadratic":
             assert config.target_l0 is not None
-            l0 = 2 / config.target_l0 * (l0 - config.target_l0).square()
-        if config.sparsity_loss == "mean_quadratic":
-            l0 = self._mean_quadratic(l0, config.target_l0, context)
-        return self.l0_coefficient * l0.sum()
+            penalties = 2 / config.target_l0 * (self.shape.latents.sum(l0) - config.target_l0).square()
+        else:
+            penalties = self._mean_quadratic(l0, config.target_l0, context)
+        return self.l0_coefficient * penalties.sum()
 
     def _mean_quadratic(self, l0: Tensor, target: float | None, context: StepContext) -> Tensor:
-        """[batch]: for each token the penalty of the mean of `l0` [batch] over all tokens of all ranks."""
+        """[batch]: for each token the penalty of the mean L0 of all tokens; `l0` [batch] is that of own latents."""
         assert target is not None
-        beyond = collectives.sum_(l0.detach().sum(), context.group) / context.num_tokens - target
+        total = context.ranks.sum_(l0.detach().sum())
+        beyond = total / context.num_tokens - target
         thresholds = self.threshold.sum()
         change = l0 - l0.detach() - target / self.d_sae * (thresholds - thresholds.detach())
         # The value, and the derivative by what changes L0.
@@ -155,7 +157,8 @@ class JumpReLUSAE(SAE):
         # In parts that are computed again in the backward: [batch, dead latents] may be nearly all of [batch, d_sae].
         parts = encoder_input.split(max(_DEAD_PAIRS_AT_ONCE // max(len(dead), 1), 1))
         sums = [checkpoint(_shortfall, part, *arguments, use_reentrant=False) for part in parts]
-        return self.config.pre_act_coefficient * torch.stack(cast(list[Tensor], sums)).sum()
+        total = self.shape.latents.sum(torch.stack(cast(list[Tensor], sums)).sum())
+        return self.config.pre_act_coefficient * total
 
     @torch.no_grad()
     def constrain_(self) -> None:
@@ -174,12 +177,12 @@ def _shortfall(
 
 
 def select_active(
-    sae: SAE, x: Tensor, b_enc: Tensor, num_active: float, group: ProcessGroup | None
+    sae: SAE, x: Tensor, b_enc: Tensor, num_active: float, context: StepContext
 ) -> tuple[Tensor, RaggedPairs, Tensor]:
     """The largest pre_acts of `x` [tokens, d_in] on all ranks, `num_active` a token on average, and the smallest."""
-    num_tokens = int(collectives.sum_(torch.tensor(len(x), device=x.device), group))
-    num_keep = round(num_active * num_tokens)
-    return batchtopk_encode(sae.encoder_input(x), sae.W_enc, b_enc, num_keep, None, ranks_of(group))
+    return sae.encode_batchtopk(
+        sae.encoder_input(x), b_enc, round(num_active * context.num_tokens), None, context
+    )
 
 
 def _l0_coefficient(config: SAEConfig, d_out: int) -> float:

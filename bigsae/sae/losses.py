@@ -13,6 +13,8 @@ from torch.distributed import ProcessGroup
 from bigsae.kernels.global_topk import Ranks
 from bigsae.parallel import collectives
 
+_MOMENT_ROWS = 256
+
 
 @dataclass(frozen=True)
 class Moments:
@@ -32,8 +34,11 @@ def global_moments(x: Tensor, num_tokens: int, group: ProcessGroup | None) -> Mo
 
     In float64: Σ‖x‖² − n‖x̄‖² cancels badly in float32 where the mean is long, as it is in residual streams.
     """
-    wide = x.detach().double()
-    sums = torch.cat([wide.sum(0), wide.square().sum().view(1)])
+    sums = torch.zeros(x.shape[1] + 1, dtype=torch.float64, device=x.device)
+    for rows in x.detach().split(_MOMENT_ROWS):  # no float64 copy of the whole batch
+        wide = rows.double()
+        sums[:-1] += wide.sum(0)
+        sums[-1] += wide.square_().sum()
     collectives.sum_(sums, group)
     return Moments(num_tokens, sums[:-1], sums[-1])
 
@@ -47,12 +52,12 @@ def ranks_of(group: ProcessGroup | None) -> Ranks:
 
 @dataclass(frozen=True)
 class DeadLatents:
-    """The dead latents of a step, the same on every rank."""
+    """The dead latents of a step."""
 
     mask: Tensor
-    """bool [d_sae]"""
+    """bool [d_own], of this rank's latents"""
     num_dead: Tensor
-    """float scalar on the device"""
+    """float scalar on the device, of all ranks' latents"""
 
 
 @dataclass
@@ -64,9 +69,9 @@ class StepContext:
     dead: DeadLatents | None = None
     """None while no latent is dead."""
     group: ProcessGroup | None = None
-    """Ranks that see other tokens of the same batch."""
+    """Ranks that see other tokens of the same batch, and hold the same latents."""
     ranks: Ranks = field(default_factory=Ranks)
-    """The same ranks, for a selection over all of them."""
+    """All ranks of the step, for a selection over them."""
     sparsity: float = 1.0
     """Factor on the sparsity loss: its warm-up."""
     sparse: bool = False
@@ -83,12 +88,13 @@ class StepOutput:
     """What a training forward gives. The sums are over this rank's tokens; ranks' sums add up."""
 
     loss: Tensor
-    """This rank's share of the loss: the shares of all ranks, and their gradients, add up to the whole."""
+    """This rank's share of the loss: the shares of the ranks that see other tokens, and their gradients, add up to the
+    whole. The same on ranks that see the same tokens."""
     residual: Tensor
     """x − x̂, [batch, d_out], detached"""
     num_active: Tensor
-    """Number of (token, latent) pairs with a value > 0."""
+    """Number of (token, latent) pairs with a value > 0, of this rank's tokens and latents."""
     firing_counts: Tensor
-    """[d_sae] int: tokens on which each latent fires."""
+    """[d_own] int: tokens on which each latent fires."""
     parts: dict[str, Tensor]
     """This rank's share of each part of the loss, weighted and detached, under the architecture's `loss_parts`."""

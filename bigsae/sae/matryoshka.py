@@ -38,8 +38,11 @@ class MatryoshkaSAE(BatchTopKSAE):
     def _reconstruct(
         self, x: Tensor, y: Tensor, acts: Tensor, pairs: RaggedPairs, variance: Tensor
     ) -> tuple[Tensor, Tensor]:
-        num_prefixes = len(self.prefixes)
-        parts = pairs.split(self.prefixes).decode(acts, self.W_dec).view(len(x), num_prefixes, self.d_out)
+        num_prefixes, first = len(self.prefixes), self.shape.latents.rank * self.d_own
+        # Where on this rank each prefix ends: nowhere, within its latents, or beyond them.
+        ends = [min(max(width - first, 0), self.d_own) for width in self.prefixes]
+        parts = pairs.split(ends).decode(acts, self.W_dec).view(len(x), num_prefixes, self.d_out)
+        parts = self.shape.latents.sum(parts)
         residuals = y.unsqueeze(1) - (parts.cumsum(1) + self.b_dec)
         loss = residuals.square().sum() / (num_prefixes * variance)
         return loss, residuals[:, -1]

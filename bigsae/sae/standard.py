@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from bigsae.config import SAEConfig
-from bigsae.kernels.encode_above import encode_above
 from bigsae.kernels.pairs import DensePairs, RaggedPairs
 from bigsae.sae.base import SAE, Shape
 from bigsae.sae.losses import StepContext, StepOutput
@@ -51,7 +50,9 @@ class StandardSAE(SAE):
         return torch.nn.functional.linear(encoder_input, W_enc, b_enc).relu()
 
     def decoded(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        acts, pairs = encode_above(self.encoder_input(x), self.W_enc, self.b_enc, self.b_enc.new_zeros(()))
+        acts, pairs = self.encode_pairs(
+            self.encoder_input(x), self.b_enc, self.b_enc.new_zeros(()), sparse=True
+        )
         return pairs.decode(acts, self.W_dec), (acts > 0).sum()
 
     def training_forward(self, x: Tensor, y: Tensor, context: StepContext) -> StepOutput:
@@ -62,7 +63,7 @@ class StandardSAE(SAE):
         acts = pre_acts.relu()
         residual = y - self.output(x, pairs.decode(acts, self.W_dec))
         strengths = acts * pairs.spread(self.W_dec.norm(dim=1))
-        l1 = self.l1_coefficient * context.sparsity * p_norms(strengths, pairs, self.p_norm).sum()
+        l1 = self.l1_coefficient * context.sparsity * self._penalty(strengths, pairs)
         l1_loss = l1 / context.num_tokens
         fired = acts.detach() > 0
         return StepOutput(
@@ -73,15 +74,23 @@ class StandardSAE(SAE):
             {"l1_loss": l1_loss.detach()},
         )
 
+    def _penalty(self, strengths: Tensor, pairs: DensePairs | RaggedPairs) -> Tensor:
+        """[]: the sum over tokens of the p-norm of their `strengths`, those on other ranks included."""
+        if self.p_norm == 1:
+            return self.shape.latents.sum(pairs.token_sums(strengths).sum())
+        return root(self.shape.latents.sum(powers(strengths, pairs, self.p_norm)), self.p_norm).sum()
+
     def saelens_config(self) -> dict[str, Any]:
         return {"architecture": "standard"}
 
 
-def p_norms(values: Tensor, pairs: DensePairs | RaggedPairs, p: float) -> Tensor:
-    """[batch]: (Σ value^p)^(1/p) of each token's `values`, which are not negative; zeros get no gradient."""
-    if p == 1:
-        return pairs.token_sums(values)
+def powers(values: Tensor, pairs: DensePairs | RaggedPairs, p: float) -> Tensor:
+    """[batch]: Σ value^p of each token's `values`, which are not negative; zeros get no gradient."""
     positive = values > 0
     # 1 stands in for zeros, where the powers have no derivative.
-    sums = pairs.token_sums(torch.where(positive, values, 1.0).pow(p) * positive)
+    return pairs.token_sums(torch.where(positive, values, 1.0).pow(p) * positive)
+
+
+def root(sums: Tensor, p: float) -> Tensor:
+    """sums^(1/p), with a gradient of 0 at 0."""
     return torch.where(sums > 0, sums, 1.0).pow(1 / p) * (sums > 0)

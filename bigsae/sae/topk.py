@@ -13,11 +13,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed import ProcessGroup
 
 from bigsae.config import SAEConfig
-from bigsae.kernels.decode import sparse_decode
-from bigsae.kernels.encode import topk_encode
+from bigsae.kernels.topk_pairs import TopK
 from bigsae.sae.auxk import auxk_loss
 from bigsae.sae.base import SAE, Shape
 from bigsae.sae.losses import StepContext, StepOutput
@@ -56,50 +54,49 @@ class TopKSAE(SAE):
         return cls(shape, config.k, config.k_aux, config.auxk_coefficient, config.multi_topk, device)
 
     @torch.no_grad()
-    def calibrate(self, x: Tensor, group: ProcessGroup | None) -> None:
+    def calibrate(self, x: Tensor, context: StepContext) -> None:
         if not self.is_transcoder:
-            self.match_scale_(x, self.decoded(x)[0], group)
+            self.match_scale_(x, self.decoded(x)[0], context.group)
 
     def encode_sparse(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The k latents of each token: values and indices, `[..., k]` each, largest first."""
         rows, _ = self._normalise(x)
-        top_acts, top_indices, _ = topk_encode(self.encoder_input(rows), self.W_enc, self.b_enc, self.k)
+        top_acts, top_indices = self._topk(rows)
         shape = (*x.shape[:-1], self.k)
         return top_acts.view(shape), top_indices.view(shape)
 
+    def _topk(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        selected = self.encode_topk(self.encoder_input(x), self.b_enc, self.k)
+        assert isinstance(selected, TopK)  # an SAE in training may be on several ranks, and has no such view
+        return selected.acts, selected.indices
+
     def latents(self, x: Tensor) -> Tensor:
-        top_acts, top_indices, _ = topk_encode(self.encoder_input(x), self.W_enc, self.b_enc, self.k)
+        top_acts, top_indices = self._topk(x)
         return top_acts.new_zeros(len(x), self.d_sae).scatter(-1, top_indices, top_acts)
 
     def decoded(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        top_acts, top_indices, pattern = topk_encode(self.encoder_input(x), self.W_enc, self.b_enc, self.k)
-        return sparse_decode(top_acts, top_indices, self.W_dec, pattern), (top_acts > 0).sum()
+        selected = self.encode_topk(self.encoder_input(x), self.b_enc, self.k)
+        return selected.decode(self.W_dec), (selected.acts > 0).sum()
 
     def training_forward(self, x: Tensor, y: Tensor, context: StepContext) -> StepOutput:
         encoder_input = self.encoder_input(x)
-        num_kept = self.k * (_MULTI if self.multi_topk else 1)
-        all_acts, all_indices, pattern = topk_encode(encoder_input, self.W_enc, self.b_enc, num_kept)
+        selected = self.encode_topk(encoder_input, self.b_enc, self.k * (_MULTI if self.multi_topk else 1))
         variance = context.moments.variance().float()
         parts = {name: variance.new_zeros(()) for name in self.loss_parts}
-        top_acts, top_indices = all_acts, all_indices
         if self.multi_topk:
-            top_acts, top_indices = all_acts[:, : self.k].contiguous(), all_indices[:, : self.k].contiguous()
-            error = y - self.output(x, sparse_decode(all_acts, all_indices, self.W_dec, pattern))
+            error = y - self.output(x, selected.decode(self.W_dec))
             parts["multi_topk_loss"] = _MULTI_COEFFICIENT * error.square().sum() / variance
-            pattern = None
-        residual = y - self.output(x, sparse_decode(top_acts, top_indices, self.W_dec, pattern))
+            selected = selected.first(self.k)
+        residual = y - self.output(x, selected.decode(self.W_dec))
         parts["auxk_loss"] = auxk_loss(
             self, encoder_input, self.b_enc, residual, self.k_aux, self.auxk_coefficient, context
         )
         loss = residual.square().sum() / variance + torch.stack(list(parts.values())).sum()
-        fired = (top_acts.detach() > 0).to(torch.int32)
-        counts = torch.zeros(self.d_sae, dtype=torch.int32, device=x.device)
-        counts.scatter_add_(0, top_indices.flatten(), fired.flatten())
         return StepOutput(
             loss,
             residual.detach(),
-            fired.sum(),
-            counts,
+            (selected.acts.detach() > 0).sum(),
+            selected.firing_counts(self.d_own),
             {name: part.detach() for name, part in parts.items()},
         )
 

@@ -14,13 +14,13 @@ import shutil
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
-from bigsae.config import UserError
 from bigsae.hub.files import sync_folder, write_json
 from bigsae.parallel import collectives
 from bigsae.parallel.mesh import Mesh
@@ -42,7 +42,8 @@ def save(
 ) -> Path:
     """Write checkpoint `folder`/step_<n>, on all ranks together, and drop the oldest beyond `keep` (0: none).
 
-    `tensors` and `state` are the same on every rank; `rank_tensors` and `rank_state` are this rank's own.
+    `tensors` are held together: the same on every rank under one name, or DTensors; or one rank's alone under a name
+    that no other has. `state` is the same on every rank; `rank_tensors` and `rank_state` are this rank's own.
     """
     final, temporary = folder / f"step_{step}", folder / f".step_{step}.tmp"
     if mesh.is_main:
@@ -86,34 +87,53 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("step_"))
 
 
-def read_state(checkpoint: Path, mesh: Mesh) -> tuple[dict[str, Any], dict[str, Any]]:
-    """`state` and this rank's `rank_state` of a checkpoint. Raises UserError where other ranks wrote it."""
+@dataclass(frozen=True)
+class Saved:
+    """A checkpoint's numbers."""
+
+    folder: Path
+    num_ranks: int
+    """Ranks that wrote it."""
+    state: dict[str, Any]
+    """The same on every rank."""
+    ranks: list[dict[str, Any]]
+    """Each rank's own."""
+
+
+def read_state(checkpoint: Path) -> Saved:
+    """The numbers of `checkpoint`, of all ranks."""
     state = json.loads((checkpoint / "state.json").read_text())
-    if state["num_ranks"] != mesh.num_ranks:
-        raise UserError(
-            f"--resume: {checkpoint} was written by {state['num_ranks']} ranks, this run has {mesh.num_ranks}: "
-            f"launch {state['num_ranks']} processes"
-        )
-    return state, json.loads((checkpoint / f"rank_{mesh.rank}.json").read_text())
+    num_ranks = state["num_ranks"]
+    ranks = [json.loads((checkpoint / f"rank_{rank}.json").read_text()) for rank in range(num_ranks)]
+    return Saved(checkpoint, num_ranks, state, ranks)
 
 
 def load_tensors(
-    checkpoint: Path, tensors: dict[str, Tensor], rank_tensors: dict[str, Tensor], mesh: Mesh
+    saved: Saved, tensors: dict[str, Tensor], rank_tensors: dict[str, Tensor], mesh: Mesh
 ) -> None:
-    """Fill `tensors` and `rank_tensors` in place with what the checkpoint holds under their names."""
+    """Fill `tensors`, and this rank's own `rank_tensors`, in place with what the checkpoint holds under their names.
+
+    DTensors get their part of the rows, on whatever mesh they were written. All ranks call this.
+    """
     own = {f"rank_{mesh.rank}/{name}": tensor for name, tensor in rank_tensors.items()}
-    reader = dcp.FileSystemReader(os.fspath(checkpoint))
+    reader = dcp.FileSystemReader(os.fspath(saved.folder))
     with _single_process_unremarked(mesh):
         dcp.load(
             tensors | own, storage_reader=reader, process_group=mesh.control, no_dist=mesh.num_ranks == 1
         )
 
 
+def read_tensors(saved: Saved, tensors: dict[str, Tensor]) -> None:
+    """Fill `tensors` in place, on this rank alone, under their whole names."""
+    with _single_process_unremarked(None):
+        dcp.load(tensors, storage_reader=dcp.FileSystemReader(os.fspath(saved.folder)), no_dist=True)
+
+
 @contextmanager
-def _single_process_unremarked(mesh: Mesh) -> Iterator[None]:
-    """Drop torch's warning that one process saves alone, where that is what was asked for."""
+def _single_process_unremarked(mesh: Mesh | None) -> Iterator[None]:
+    """Drop torch's warning that one process saves or loads alone, where that is what was asked for."""
     with warnings.catch_warnings():
-        if mesh.num_ranks == 1:
+        if mesh is None or mesh.num_ranks == 1:
             warnings.filterwarnings(
                 "ignore", message=".*assuming the intent is to (save|load) in a single process"
             )

@@ -14,25 +14,35 @@ _STEPS_OF_DOUBT = 32
 
 
 class FiringStatistics:
-    """Firing of each of `d_sae` latents. A latent fires on a token if it is selected there with a value > 0.
+    """Firing of each of the `d_own` latents that this rank holds.
+
+    A latent fires on a token if it is selected there with a value > 0.
 
     A latent is dead when it has not fired for `dead_after_tokens` tokens of all ranks together. The frequencies are
     those of the last whole window of as many tokens, or of the present one while there is no whole one yet.
     """
 
-    def __init__(self, d_sae: int, dead_after_tokens: int, device: torch.device, group: ProcessGroup | None):
+    def __init__(
+        self,
+        d_own: int,
+        dead_after_tokens: int,
+        device: torch.device,
+        group: ProcessGroup | None,
+        latents: ProcessGroup | None = None,
+    ):
+        """`group`: the ranks that hold the same latents; `latents`: those that hold the others of the SAE."""
         self.dead_after_tokens = dead_after_tokens
-        self.group = group
-        self.num_tokens_since_fired = torch.zeros(d_sae, dtype=torch.int64, device=device)
-        self.window_counts = torch.zeros(d_sae, dtype=torch.int64, device=device)
-        self.last_window_counts = torch.zeros(d_sae, dtype=torch.int64, device=device)
+        self.group, self.latents = group, latents
+        self.num_tokens_since_fired = torch.zeros(d_own, dtype=torch.int64, device=device)
+        self.window_counts = torch.zeros(d_own, dtype=torch.int64, device=device)
+        self.last_window_counts = torch.zeros(d_own, dtype=torch.int64, device=device)
         self.num_window_tokens = 0
         self.num_last_window_tokens = 0
         self.num_tokens = 0
         self._doubt, self._ask_again_at = False, 0
 
     def update(self, counts: Tensor, num_tokens: int) -> Tensor:
-        """Take in one step: `counts` [d_sae] of this rank's tokens, `num_tokens` of all ranks together.
+        """Take in one step: `counts` [d_own] of this rank's tokens, `num_tokens` of all ranks together.
 
         Returns the counts of all ranks' tokens.
         """
@@ -48,7 +58,7 @@ class FiringStatistics:
         return counts
 
     def revive(self, mask: Tensor) -> None:
-        """Take the latents where `mask` [d_sae] is True to have fired just now."""
+        """Take the latents where `mask` [d_own] is True to have fired just now."""
         self.num_tokens_since_fired.masked_fill_(mask, 0)
 
     def may_be_dead(self, batch_tokens: int) -> bool:
@@ -59,18 +69,26 @@ class FiringStatistics:
         dead then, AuxK has weight 0 and the result is the same.
         """
         if self.num_tokens >= self._ask_again_at:
-            longest = int(self.num_tokens_since_fired.max())
+            # Of all ranks: what follows from a dead latent they do together.
+            longest = int(collectives.max_(self.num_tokens_since_fired.max(), self.latents))
             num_steps = (self.dead_after_tokens - longest) // batch_tokens
             self._doubt = num_steps < _STEPS_OF_DOUBT
             self._ask_again_at = self.num_tokens + batch_tokens * max(num_steps, _STEPS_OF_DOUBT)
         return self._doubt
 
     def dead_mask(self) -> Tensor:
-        """Bool `[d_sae]`, the same on every rank."""
+        """Bool `[d_own]`, the same on ranks that hold the same latents."""
         return self.num_tokens_since_fired >= self.dead_after_tokens
 
+    def dead_fraction(self) -> float:
+        """Share of all latents that are dead."""
+        dead = self.dead_mask()
+        sums = torch.stack([dead.sum(), torch.tensor(len(dead), device=dead.device)])
+        num_dead, num_latents = collectives.sum_(sums, self.latents).tolist()
+        return num_dead / num_latents
+
     def frequencies(self) -> Tensor:
-        """Share of tokens on which each latent fires, float32 `[d_sae]`."""
+        """Share of tokens on which each latent fires, float32 `[d_own]`."""
         whole = self.num_last_window_tokens > 0
         counts = self.last_window_counts if whole else self.window_counts
         num_tokens = self.num_last_window_tokens if whole else self.num_window_tokens

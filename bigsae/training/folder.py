@@ -10,8 +10,16 @@ from bigsae.hub.files import write_json
 from bigsae.training.checkpoint import checkpoints
 
 # What a resumed run may change: nothing here changes what is computed.
-_MAY_CHANGE = {"output_dir", "resume", "log_every", "lm.shard_size", "lm.replicate_size", "buffer.device"}
-_MAY_CHANGE_UNDER = {"checkpoint", "wandb", "eval"}
+_MAY_CHANGE = {
+    "output_dir",
+    "resume",
+    "log_every",
+    "lm.shard_size",
+    "lm.replicate_size",
+    "buffer.device",
+    "timeout",
+}
+_MAY_CHANGE_UNDER = {"checkpoint", "wandb", "eval", "mesh"}
 
 
 def check_folder(config: TrainConfig) -> None:

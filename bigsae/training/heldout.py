@@ -7,9 +7,10 @@ from torch import Tensor
 
 from bigsae.data.harvest import Extract
 from bigsae.parallel import collectives
-from bigsae.parallel.mesh import Mesh
 from bigsae.sae.losses import Moments
+from bigsae.training.routing import Routing
 from bigsae.training.trainer import SAETrainer
+from bigsae.training.variants import Job
 
 
 @torch.no_grad()
@@ -18,15 +19,16 @@ def measure_heldout(
     keep: Tensor,
     extract: Extract,
     trainers: dict[str, SAETrainer],
-    targets: dict[str, str],
+    jobs: dict[str, Job],
+    routing: Routing,
     micro_batch_rows: int,
-    mesh: Mesh,
 ) -> dict[str, dict[str, float]]:
-    """FVU and L0 of each hookpoint's SAE over `rows` [rows, ctx_len] where `keep`, a bool of the same shape, is True.
+    """FVU and L0 of this rank's SAEs over `rows` [rows, ctx_len] where `keep`, a bool of the same shape, is True.
 
-    `targets` names for each hookpoint the one that its SAE predicts: for an SAE, itself. Every rank has the same
-    `rows`, a multiple of the ranks, and measures its part; the sums are reduced, then divided.
+    Every rank has the same `rows`, a multiple of the ranks, and runs its part of them through the LM; `routing` brings
+    the activations to the SAEs. The sums are reduced, then divided.
     """
+    mesh = routing.mesh
     assert len(rows) % mesh.num_ranks == 0
     own_rows, own_keep = rows[mesh.rank :: mesh.num_ranks], keep[mesh.rank :: mesh.num_ranks]
     sums: dict[str, Tensor] = {}
@@ -36,10 +38,11 @@ def measure_heldout(
             name: values.flatten(0, 1)[chosen.to(values.device)]
             for name, values in extract(own_rows[start : start + micro_batch_rows]).items()
         }
-        for name, target in targets.items():
-            part = _sums(kept[name], kept[target], trainers[name])
+        routed = routing.uneven(kept)
+        for name, trainer in trainers.items():
+            part = _sums(routed[jobs[name].reads], routed[jobs[name].predicts], trainer)
             sums[name] = sums[name] + part if name in sums else part
-    return {name: _read(collectives.sum_(part, mesh.data)) for name, part in sums.items()}
+    return {name: _read(collectives.sum_(part, trainers[name].mesh.data)) for name, part in sums.items()}
 
 
 def _sums(x: Tensor, y: Tensor, trainer: SAETrainer) -> Tensor:

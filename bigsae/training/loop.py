@@ -4,70 +4,24 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
-from bigsae.config import TrainConfig, UserError
-from bigsae.data.harvest import Harvest
+from bigsae.config import UserError
 from bigsae.hub.formats import save_sae
 from bigsae.parallel import collectives
-from bigsae.parallel.mesh import Mesh
-from bigsae.training import checkpoint
 from bigsae.training.folder import write_status
 from bigsae.training.heldout import measure_heldout
-from bigsae.training.metrics import MetricsFile
 from bigsae.training.progress import ProgressBar
-from bigsae.training.signals import StopSignal
+from bigsae.training.saving import refuse_skipped, save
+from bigsae.training.state import Run
 from bigsae.training.trainer import SAETrainer
+from bigsae.training.variants import Job
 
 logger = logging.getLogger("bigsae")
 
 # Steps between two questions to all ranks whether one was told to stop. Refills ask before each of their forwards.
 _CONTROL_INTERVAL = 10
-
-
-@dataclass
-class Run:
-    """Everything that a run is made of."""
-
-    config: TrainConfig
-    mesh: Mesh
-    harvest: Harvest
-    rows: Any
-    """TokenRows: where the data stands."""
-    heldout: Tensor | None
-    """[rows, ctx_len] ids that are never trained on, the same on every rank."""
-    trainers: dict[str, SAETrainer]
-    """One for each hookpoint that is read."""
-    targets: dict[str, str]
-    """The hookpoint that each of them predicts: for an SAE the one it reads."""
-    metadata: dict[str, Any]
-    """What each exported SAE says of its origin."""
-    log_to_trackers: Callable[[dict[str, float], int], None]
-    stop: StopSignal
-    finished: bool = False
-    """Whether the newest checkpoint is that of a run which has ended."""
-    saved_step: int | None = None
-    """Step of the newest checkpoint."""
-    metrics: MetricsFile = field(init=False)
-    _clock: dict[str, float] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        self.metrics = MetricsFile(self.out / "metrics.jsonl")
-
-    @property
-    def out(self) -> Path:
-        """The run's folder."""
-        return Path(self.config.output_dir)
-
-    @property
-    def step(self) -> int:
-        """Steps that are done."""
-        return next(iter(self.trainers.values())).step
 
 
 def train(run: Run) -> str:
@@ -86,7 +40,7 @@ def train(run: Run) -> str:
                 _measure(run)
             bar.activity("saving")
             _export(run)
-        _save(run)
+        save(run)
     if run.mesh.is_main:
         write_status(run.config, status, run.step, reason)
     return status
@@ -103,9 +57,11 @@ def _steps(run: Run, bar: ProgressBar) -> tuple[str, str]:
             return _why_not_filled(run)
         bar.activity("training")
         _initialise(run)
-        batch = run.harvest.read()
-        for name, (x, y) in _inputs_and_targets(run, batch).items():
-            run.trainers[name].train_step(x, y)
+        batch = run.routing(run.harvest.read())
+        for name, trainer in run.trainers.items():
+            trainer.train_step(*_inputs_and_targets(run.jobs[name], batch))
+        run.step += 1
+        run.num_unlogged += 1
         bar.advance(run.step)
         if run.step % config.log_every == 0:
             _log(run, bar)
@@ -114,17 +70,15 @@ def _steps(run: Run, bar: ProgressBar) -> tuple[str, str]:
         if run.step == config.num_steps:
             break
         if config.checkpoint.every and run.step % config.checkpoint.every == 0:
-            _save(run)
+            save(run)
         if run.step % _CONTROL_INTERVAL == 0 and _someone_stops(run):
             return _stopped(run)
     return "finished", "all tokens trained"
 
 
-def _inputs_and_targets(run: Run, batch: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor | None]]:
-    """For each trainer what it reads, and what it predicts where that is something else."""
-    return {
-        name: (batch[name], batch[target] if target != name else None) for name, target in run.targets.items()
-    }
+def _inputs_and_targets(job: Job, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor | None]:
+    """What the SAE reads, and what it predicts where that is something else."""
+    return batch[job.reads], batch[job.predicts] if job.predicts != job.reads else None
 
 
 def _measures_now(run: Run) -> bool:
@@ -160,55 +114,57 @@ def _check_one_batch(run: Run) -> None:
 
 def _initialise(run: Run) -> None:
     """Before the first step: scale and b_dec from the first tokens, which are trained on afterwards."""
-    if all(trainer.initialised for trainer in run.trainers.values()):
+    if run.initialised:
         return
     per_rank = min(run.config.sae.init_tokens // run.mesh.num_ranks, run.config.buffer.tokens)
     # Where the data ended within the first filling, every rank gives what each of them has.
     num_tokens = collectives.min_int(min(max(per_rank, 1), run.harvest.buffer.num_unread), run.mesh.control)
-    first = {name: x.to(run.mesh.device) for name, x in run.harvest.buffer.peek(num_tokens).items()}
-    for name, (x, y) in _inputs_and_targets(run, first).items():
-        run.trainers[name].initialise(x, y)
+    first = run.routing(run.harvest.buffer.peek(num_tokens))
+    for name, trainer in run.trainers.items():
+        x, y = _inputs_and_targets(run.jobs[name], first)
+        device = run.mesh.device
+        trainer.initialise(x.to(device), y.to(device) if y is not None else None)
+    run.initialised = True
 
 
 def _restart_clock(run: Run) -> None:
-    run._clock = {"time": time.perf_counter(), "harvest": run.harvest.seconds, "step": run.step}
+    run.clock = {"time": time.perf_counter(), "harvest": run.harvest.seconds, "step": run.step}
 
 
 def _log(run: Run, bar: ProgressBar) -> None:
-    """One row for each hookpoint, on the progress bar and to the trackers; stops where numbers are no numbers."""
-    if next(iter(run.trainers.values())).window.num_steps == 0:
+    """One row for each SAE, on the progress bar and to the trackers; stops where numbers are no numbers."""
+    if not run.num_unlogged:
         return
-    metrics = {name: trainer.read_metrics() for name, trainer in run.trainers.items()}
-    seconds = time.perf_counter() - run._clock["time"]
-    num_tokens = (run.step - run._clock["step"]) * run.config.batch_size_tokens
-    lm_share = (run.harvest.seconds - run._clock["harvest"]) / seconds
+    metrics = run.of_all_ranks({name: _read_metrics(trainer) for name, trainer in run.trainers.items()})
+    seconds = time.perf_counter() - run.clock["time"]
+    num_tokens = (run.step - run.clock["step"]) * run.config.batch_size_tokens
+    lm_share = (run.harvest.seconds - run.clock["harvest"]) / seconds
     timing = {
         "tokens_per_second": num_tokens / seconds,
         "lm_time_share": lm_share,
         "sae_time_share": 1 - lm_share,
     }
+    run.num_unlogged = 0
     _restart_clock(run)
+    refuse_skipped(run, {name: values["num_skipped_steps"] for name, values in metrics.items()})
     for name, values in metrics.items():
-        _refuse_skipped(run, name, values["num_skipped_steps"])
-        lr = run.trainers[name].peak_lr * run.trainers[name].schedule(run.step - 1)
-        _write_row(run, name, values | {"lr": lr} | timing)
+        _write_row(run, name, values | timing)
     bar.show(run.step, next(iter(metrics.values())) | timing)
 
 
-def _refuse_skipped(run: Run, hookpoint: str, num_skipped: float) -> None:
-    if num_skipped:
-        raise UserError(
-            f"the gradient of {hookpoint} was not finite in {num_skipped:.0f} of the last steps up to step {run.step}: "
-            "lower --optim.lr, and give another --output-dir"
-        )
+def _read_metrics(trainer: SAETrainer) -> dict[str, float]:
+    return trainer.read_metrics() | {"lr": trainer.peak_lr * trainer.schedule(trainer.step - 1)}
 
 
-def _write_row(run: Run, hookpoint: str, values: dict[str, float]) -> None:
+def _write_row(run: Run, name: str, values: dict[str, float]) -> None:
     if not run.mesh.is_main:
         return
-    row = {"step": run.step, "tokens": run.step * run.config.batch_size_tokens, "hookpoint": hookpoint}
+    job = run.jobs[name]
+    row = {"step": run.step, "tokens": run.step * run.config.batch_size_tokens, "hookpoint": job.reads}
+    if job.variant.name:
+        row["variant"] = job.variant.name
     run.metrics.write(row | values)
-    run.log_to_trackers({f"{hookpoint}/{key}": value for key, value in values.items()}, run.step)
+    run.log_to_trackers({f"{name}/{key}": value for key, value in values.items()}, run.step)
 
 
 def _measure(run: Run) -> None:
@@ -218,90 +174,24 @@ def _measure(run: Run) -> None:
     start = time.perf_counter()
     rows, keep = run.heldout, run.harvest.trained_on(run.heldout)
     measured = measure_heldout(
-        rows, keep, run.harvest.extract, run.trainers, run.targets, run.harvest.micro_batch_rows, run.mesh
+        rows, keep, run.harvest.extract, run.trainers, run.jobs, run.routing, run.harvest.micro_batch_rows
     )
-    for name, values in measured.items():
+    for name, values in run.of_all_ranks(measured).items():
         _write_row(run, name, values)
-    run._clock["time"] += time.perf_counter() - start  # tokens/s is the training's
+    run.clock["time"] += time.perf_counter() - start  # tokens/s is the training's
 
 
 def _export(run: Run) -> None:
-    """Each SAE, folded, to <output_dir>/<hookpoint>/."""
+    """Each SAE, folded, to its folder in the run's."""
     for name, trainer in run.trainers.items():
-        frequencies = trainer.firing.frequencies()
-        if run.mesh.is_main:
-            sae = trainer.folded()
-            num_tokens = trainer.step * run.config.batch_size_tokens
-            sae.metadata = run.metadata | {"hook_name": name, "training_tokens": num_tokens}
-            if run.targets[name] != name:
-                sae.metadata["hook_name_out"] = run.targets[name]
+        job, mesh = run.jobs[name], trainer.mesh
+        if mesh.latent is None and not mesh.is_main:
+            continue
+        frequencies, sae = trainer.frequencies(), trainer.folded()
+        if mesh.is_main:
+            num_tokens = run.step * run.config.batch_size_tokens
+            sae.metadata = run.metadata | {"hook_name": job.reads, "training_tokens": num_tokens}
+            if job.predicts != job.reads:
+                sae.metadata["hook_name_out"] = job.predicts
             save_sae(sae, run.out / name, frequencies)
-
-
-def _save(run: Run) -> None:
-    """A checkpoint of all there is, unless the newest one holds it already."""
-    if run.saved_step == run.step and not run.finished and not run.harvest.refilling:
-        return
-    for name, trainer in run.trainers.items():
-        _refuse_skipped(run, name, trainer.window.num_skipped.item())
-    start = time.perf_counter()
-    tensors = {
-        f"{name}/{key}": t for name, trainer in run.trainers.items() for key, t in trainer.tensors().items()
-    }
-    own = {f"buffer/{key}": t for key, t in run.harvest.buffer.tensors().items()}
-    own |= _rank_tensors(run)
-    state: dict[str, Any] = {"trainers": {name: trainer.counters() for name, trainer in run.trainers.items()}}
-    state["finished"] = run.finished
-    rank_state = {
-        "buffer": run.harvest.buffer.counters(),
-        "refilling": run.harvest.refilling,
-        "data": run.rows.state_dict(),
-    }
-    folder = run.out / "checkpoints"
-    checkpoint.save(folder, run.step, tensors, own, state, rank_state, run.config.checkpoint.keep, run.mesh)
-    run.saved_step = run.step
-    run._clock["time"] += time.perf_counter() - start
-
-
-def _rank_tensors(run: Run) -> dict[str, Tensor]:
-    return {
-        f"{name}/{key}": t
-        for name, trainer in run.trainers.items()
-        for key, t in trainer.rank_tensors().items()
-    }
-
-
-def resume(run: Run) -> None:
-    """Go on from the newest whole checkpoint of the run's folder; where there is none, say so and start afresh."""
-    whole = checkpoint.checkpoints(run.out / "checkpoints")
-    newest = checkpoint.step_of(whole[-1]) if whole else -1
-    if (
-        -collectives.max_ints([-newest], run.mesh.control)[0]
-        != collectives.max_ints([newest], run.mesh.control)[0]
-    ):
-        raise UserError(
-            f"--resume: not all ranks find the same newest checkpoint in {run.out}: --output-dir must lie on a file "
-            "system that all nodes share"
-        )
-    if not whole:
-        logger.warning("--resume: %s holds no whole checkpoint, starting afresh", run.out)
-        if run.mesh.is_main:
-            run.metrics.truncate_after(-1)
-        return
-    state, rank_state = checkpoint.read_state(whole[-1], run.mesh)
-    run.finished = state["finished"]
-    for name, trainer in run.trainers.items():
-        trainer.load_counters(state["trainers"][name])
-    tensors = {
-        f"{name}/{key}": t for name, trainer in run.trainers.items() for key, t in trainer.tensors().items()
-    }
-    waiting = run.harvest.buffer.empty_tensors(rank_state["buffer"])
-    own = {f"buffer/{key}": t for key, t in waiting.items()}
-    own |= _rank_tensors(run)
-    checkpoint.load_tensors(whole[-1], tensors, own, run.mesh)
-    run.harvest.load(waiting, rank_state["buffer"], rank_state["refilling"])
-    run.rows.load_state_dict(rank_state["data"])
-    run.saved_step = run.step
-    if run.mesh.is_main:
-        run.metrics.truncate_after(run.step)
-    logger.info("resumed %s at step %d", whole[-1], run.step)
+    collectives.barrier(run.mesh.control)

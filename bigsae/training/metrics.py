@@ -15,7 +15,7 @@ from bigsae.parallel import collectives
 from bigsae.sae.losses import Moments, StepOutput
 
 # Places of the rank-local sums in WindowSums.local
-_SQUARED_ERROR, _NUM_ACTIVE, _LOSS, _PARTS = range(4)
+_SQUARED_ERROR, _LOSS, _PARTS = range(3)
 
 
 class WindowSums:
@@ -28,6 +28,8 @@ class WindowSums:
         self.grad_norm = torch.zeros((), dtype=torch.float64, device=device)
         self.num_skipped = torch.zeros((), dtype=torch.float64, device=device)
         self.local = torch.zeros(_PARTS + len(loss_parts), dtype=torch.float64, device=device)
+        self.num_active = torch.zeros((), dtype=torch.float64, device=device)
+        """Of this rank's tokens and latents; `local` is of its tokens, the same on ranks that see the same ones."""
         self.num_tokens = 0
         self.num_steps = 0
         self.num_updates = 0
@@ -43,25 +45,27 @@ class WindowSums:
         squared_error = output.residual.float().square().sum()
         parts = (
             squared_error,
-            output.num_active,
             output.loss,
             *(output.parts[name] for name in self.loss_parts),
         )
         self.local += torch.stack([part.detach().double() for part in parts])
+        self.num_active += output.num_active
         self.num_tokens += moments.num_tokens
         self.num_steps += 1
 
-    def read(self, group: ProcessGroup | None) -> dict[str, float]:
+    def read(self, group: ProcessGroup | None, latents: ProcessGroup | None = None) -> dict[str, float]:
         """Means over the window, the same on every rank.
 
-        fvu = Σ‖x − x̂‖² / Σ‖x − x̄‖² over all tokens of the window, x̄ their mean.
+        fvu = Σ‖x − x̂‖² / Σ‖x − x̄‖² over all tokens of the window, x̄ their mean. `group`: the ranks that see other
+        tokens; `latents`: those that see the same ones, where only the number of active latents differs.
         """
         sums = collectives.sum_(self.local.clone(), group).tolist()
+        num_active = collectives.sum_(collectives.sum_(self.num_active.clone(), group), latents).item()
         variance = Moments(self.num_tokens, self.total, self.squares).variance().item()
         return {
             "loss": sums[_LOSS] / self.num_steps,
             "fvu": sums[_SQUARED_ERROR] / variance,
-            "l0": sums[_NUM_ACTIVE] / self.num_tokens,
+            "l0": num_active / self.num_tokens,
             **{name: sums[_PARTS + i] / self.num_steps for i, name in enumerate(self.loss_parts)},
             "grad_norm": self.grad_norm.item() / max(self.num_updates, 1),
             "num_skipped_steps": self.num_skipped.item(),
@@ -69,7 +73,14 @@ class WindowSums:
 
     def clear(self) -> None:
         """Begin a new window."""
-        for tensor in (self.total, self.squares, self.grad_norm, self.num_skipped, self.local):
+        for tensor in (
+            self.total,
+            self.squares,
+            self.grad_norm,
+            self.num_skipped,
+            self.local,
+            self.num_active,
+        ):
             tensor.zero_()
         self.num_tokens = self.num_steps = self.num_updates = 0
 

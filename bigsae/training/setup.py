@@ -15,90 +15,103 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
 from bigsae import config as cfg
 from bigsae.checks import check, resolve_d_sae
-from bigsae.config import TrainConfig, UserError, WandbConfig
+from bigsae.config import TrainConfig, UserError
 from bigsae.data import tokens
 from bigsae.data.buffer import ActivationBuffer
 from bigsae.data.harvest import Harvest
 from bigsae.kernels.dispatch import backend
 from bigsae.lm.activations import Extractor
 from bigsae.lm.hookpoints import Hookpoint, Site, locate, resolve_hookpoints
-from bigsae.lm.loading import LMLayout, load_lm, local_bytes, meta_model, resolve_layout, vocab_size
+from bigsae.lm.loading import (
+    LMLayout,
+    download_lm,
+    load_lm,
+    local_bytes,
+    meta_model,
+    process_groups,
+    resolve_layout,
+    vocab_size,
+)
 from bigsae.parallel import collectives
 from bigsae.parallel.mesh import Mesh, build_mesh
+from bigsae.parallel.nodes import first_on_node, limit_waits
 from bigsae.training import folder
 from bigsae.training.checkpoint import checkpoints
-from bigsae.training.loop import Run, resume
+from bigsae.training.routing import Routing
+from bigsae.training.saving import resume
+from bigsae.training.sharing import build_trainers, check_mesh, choose_mesh
 from bigsae.training.signals import StopSignal
 from bigsae.training.start import load_start
-from bigsae.training.trainer import SAETrainer
+from bigsae.training.state import Run
+from bigsae.training.variants import check_variants, make_jobs, variants
 
 logger = logging.getLogger("bigsae")
-
-# Loading a large model from a slow disk keeps other ranks waiting for a while.
-_TIMEOUT = timedelta(minutes=30)
 
 
 def prepare(config: TrainConfig, stop: StopSignal) -> tuple[Run, Callable[[], None]]:
     """The run that `config` describes, resumed where it asks for that, and a function that closes it."""
-    accelerator = _accelerator(config.wandb)
+    accelerator = _accelerator(config)
     mesh = build_mesh()
+    limit_waits((mesh.world, mesh.control), config.timeout)
     if not mesh.is_main:
         datasets.disable_progress_bars()
         disable_progress_bar()
     check(config, mesh.num_ranks)
+    made = variants(config)
+    check_variants(config, made)
     folder.check_folder(config)
     layout = resolve_layout(config.lm, mesh.num_ranks, mesh.num_local_ranks)
-    meta, lm_config = meta_model(config.model, config.lm)
+    with first_on_node(mesh):
+        meta, lm_config = meta_model(config.model, config.lm)
     targets = _targets(config, meta)
     sites = locate(meta, list({h.name: h for pair in targets for h in pair}.values()))
     widths = {site.name: site.d_in for site in sites}
     targets.sort(key=lambda pair: list(widths).index(pair[0].name))  # as the forward meets them
-    for source_hookpoint, _ in targets:
-        resolve_d_sae(config.sae, widths[source_hookpoint.name])
-    goes_on = config.resume and checkpoints(Path(config.output_dir) / "checkpoints")
-    only = len(targets) == 1
-    starts = {read.name: None if goes_on else load_start(config.sae, read.name, only) for read, _ in targets}
+    num_owners = mesh.num_ranks if config.mesh.distribute_saes and mesh.num_ranks > 1 else None
+    jobs = make_jobs([(read.name, predicted.name) for read, predicted in targets], made, widths, num_owners)
+    check_mesh(config, jobs, widths, mesh.num_ranks)
+    from_scratch = not (config.resume and checkpoints(Path(config.output_dir) / "checkpoints"))
+    if from_scratch:
+        for job in jobs:
+            load_start(job.variant.sae, job.reads, len(targets) == 1)
     with _errors_shared(mesh):
-        source = tokens.open_dataset(config.dataset, config.data)
-        tokenizer = None
-        if not source.pretokenised or config.data.drop_special_tokens:
-            tokenizer = tokens.load_tokenizer(config.model, config.lm.revision, config.lm.trust_remote_code)
-            tokens.check_vocabulary(tokenizer, vocab_size(lm_config))
+        with first_on_node(mesh):
+            source = tokens.open_dataset(config.dataset, config.data)
+            tokenizer = None
+            if not source.pretokenised or config.data.drop_special_tokens:
+                tokenizer = tokens.load_tokenizer(
+                    config.model, config.lm.revision, config.lm.trust_remote_code
+                )
+                tokens.check_vocabulary(tokenizer, vocab_size(lm_config))
         rows = tokens.TokenRows(
             source, tokenizer, config.ctx_len, config.data, config.seed, mesh.rank, mesh.num_ranks
         )
         rows.begin()
         heldout = _heldout(config, source, tokenizer, mesh)
 
+    with first_on_node(mesh):
+        download_lm(config.model, config.lm, meta)
     model = load_lm(config.model, config.lm, meta, layout, mesh.device, sites)
+    limit_waits(process_groups(model), config.timeout)
     trained_on = _trained_on(config, tokenizer, vocab_size(lm_config))
     harvest = _harvest(config, sites, rows, Extractor(model, sites), trained_on, mesh)
-    trainers = {
-        read.name: SAETrainer(
-            config.sae,
-            config.optim,
-            widths[read.name],
-            config.num_steps,
-            config.seed,
-            mesh,
-            d_out=widths[predicted.name] if config.sae.output_hookpoint else None,
-            start=starts[read.name],
-        )
-        for read, predicted in targets
-    }
+    mesh = choose_mesh(config, mesh, jobs, widths, harvest.buffer.num_bytes())
+    trainers = build_trainers(config, mesh, jobs, widths, from_scratch=from_scratch)
     run = Run(
         config,
         mesh,
         harvest,
         rows,
         heldout,
+        {job.name: job for job in jobs},
         trainers,
-        {read.name: predicted.name for read, predicted in targets},
+        Routing(mesh, jobs),
         _metadata(config, rows),
         _tracker(accelerator, config),
         stop,
@@ -151,11 +164,11 @@ def _targets(config: TrainConfig, meta: PreTrainedModel) -> list[tuple[Hookpoint
     return list(zip(reads, predicted, strict=True))
 
 
-def _accelerator(wandb: WandbConfig) -> Accelerator:
+def _accelerator(config: TrainConfig) -> Accelerator:
     return Accelerator(
         cpu=not torch.cuda.is_available(),
-        log_with="wandb" if wandb.project else None,
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=_TIMEOUT)],
+        log_with="wandb" if config.wandb.project else None,
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(minutes=config.timeout))],
     )
 
 
@@ -244,15 +257,17 @@ def _metadata(config: TrainConfig, rows: tokens.TokenRows) -> dict[str, Any]:
 
 
 def _announce(run: Run, layout: LMLayout, lm_bytes: int) -> None:
-    """What this run got: ranks, device, LM layout, SAE mesh, kernels, bytes per rank."""
+    """What this run got: ranks, device, LM layout, SAEs, kernels, bytes per rank."""
     mesh = run.mesh
-    sae_bytes = sum(
-        t.numel() * t.element_size() for trainer in run.trainers.values() for t in trainer.tensors().values()
-    )
+    tensors = [t for trainer in run.trainers.values() for t in trainer.tensors().values()]
+    local = [t.to_local() if isinstance(t, DTensor) else t for t in tensors]
+    sae_bytes = sum(t.numel() * t.element_size() for t in local)
     mib = [f"{n / 2**20:,.0f} MiB" for n in (lm_bytes, sae_bytes, run.harvest.buffer.num_bytes())]
-    widths = {(t.sae.d_in, t.sae.d_sae) for t in run.trainers.values()}
     logger.info("%d ranks on %s, language model %s, kernels %s", mesh.num_ranks, mesh.device.type, layout,
                 backend(mesh.device))  # fmt: skip
-    logger.info("SAEs (data %d): %s of %s", mesh.num_ranks, " ".join(run.trainers),
-                ", ".join(f"{d_in} x {d_sae}" for d_in, d_sae in sorted(widths)))  # fmt: skip
+    for job in run.jobs.values():
+        where = "" if job.owner is None else f", on rank {job.owner}"
+        d_in = run.harvest.buffer.storage[job.reads].shape[1]
+        logger.info("SAE %s: %s, %d x %d%s", job.name, job.variant.sae.architecture, d_in,
+                    resolve_d_sae(job.variant.sae, d_in), where)  # fmt: skip
     logger.info("bytes per rank: language model %s, SAE weights, moments and statistics %s, buffer %s", *mib)

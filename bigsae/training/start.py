@@ -64,7 +64,8 @@ def copy_weights(source: SAE, sae: SAE) -> None:
             )
     values = dict(source.named_parameters())
     for name, parameter in sae.named_parameters():
-        parameter.copy_(values.pop(name))
+        value = values.pop(name)
+        parameter.copy_(value if name in sae.shared else sae.shape.latents.own(value))
     sae.take_over(values)
 
 
@@ -75,7 +76,9 @@ def unit_decoder_(sae: SAE) -> None:
     Not of an SAE that compares latents with each other, which that would change: a UserError where it matters.
     """
     norms = sae.W_dec.norm(dim=1)
-    if sae.compares_latents and ((norms - 1).abs() > _UNIT_TOLERANCE).any():
+    # Of all ranks' rows, so that all of them stop.
+    num_other = sae.shape.latents.sum_(((norms - 1).abs() > _UNIT_TOLERANCE).sum())
+    if sae.compares_latents and num_other:
         raise UserError(
             f"--sae.init-from holds a {sae.architecture} SAE whose decoder rows are not at norm 1: set "
             "--sae.normalize-decoder False"

@@ -2,27 +2,33 @@
 
 from __future__ import annotations
 
-import copy
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from bigsae.checks import RESAMPLING_PART, resolve_d_sae, resolve_lr, resolve_sae, resolve_threshold_lr
+from bigsae.checks import (
+    RESAMPLING_PART,
+    check_divides,
+    resolve_d_sae,
+    resolve_lr,
+    resolve_sae,
+    resolve_threshold_lr,
+)
 from bigsae.config import OptimConfig, SAEConfig
 from bigsae.parallel import collectives
-from bigsae.parallel.mesh import Mesh
+from bigsae.parallel.latents import latents_of
+from bigsae.parallel.mesh import Mesh, rows_of_all
 from bigsae.sae.base import SAE, layer_norm
-from bigsae.sae.build import build_sae
+from bigsae.sae.build import build_sae, empty_like
 from bigsae.sae.losses import DeadLatents, StepContext, StepOutput, global_moments, ranks_of
 from bigsae.training.firing import FiringStatistics
 from bigsae.training.initialise import activation_scale, decoder_bias
 from bigsae.training.metrics import WindowSums
-from bigsae.training.optim import adam_step, build_adam, gradient_norm, project_rows_, renormalise_rows_
 from bigsae.training.resample import resample_dead, resample_seed
 from bigsae.training.schedule import lr_schedule, sparsity_schedule
 from bigsae.training.start import copy_weights, unit_decoder_
+from bigsae.training.update import Update
 
 # Below this density of firing latents the sparse path is the faster one. JumpReLU, forward and backward, [2048, 576] x
 # 16,384, one thread: dense 2.7 s; sparse 0.57, 0.98, 1.28, 2.08 s at densities of 0.2, 1.6, 3.1, 6.3 %.
@@ -32,7 +38,10 @@ _FIRST_DENSITY_ROWS = 256
 
 
 class SAETrainer:
-    """Trains one SAE, or transcoder, on batches of which each rank of the mesh brings an equal part."""
+    """Trains one SAE, or transcoder, on batches of which each rank of `mesh.data` brings an equal part.
+
+    The ranks of `mesh.latent` hold a part of the latents each, and bring the same tokens.
+    """
 
     def __init__(
         self,
@@ -44,38 +53,52 @@ class SAETrainer:
         mesh: Mesh,
         d_out: int | None = None,
         start: SAE | None = None,
+        shard_optimizer: bool = False,
     ):
         """`d_out` makes it a transcoder to that width; `start` holds the weights to start from, in the LM's scale."""
         d_sae = resolve_d_sae(config, d_in)
         config = resolve_sae(config, transcoder=d_out is not None)
+        check_divides(d_sae, mesh.num_latent)
         self.config, self.optim, self.mesh, self.seed, self.num_steps = config, optim, mesh, seed, num_steps
-        self.sae = build_sae(config, d_in, d_sae, seed, mesh.device, d_out)
+        self.sae = build_sae(config, d_in, d_sae, seed, mesh.device, d_out, latents_of(mesh))
         if start is not None:
             copy_weights(start, self.sae)
-            if (
-                config.normalize_decoder and d_out is None
-            ):  # a transcoder's norms mean nothing before it is scaled
+            if config.normalize_decoder and d_out is None:  # a transcoder's mean nothing before it is scaled
                 unit_decoder_(self.sae)
         self.training_forward = self.sae.training_forward
         if config.compile:
             self.training_forward = torch.compile(self.sae.training_forward)
         self.peak_lr = resolve_lr(optim, d_sae)
-        parameters = dict(self.sae.named_parameters())
-        num_updates = num_steps // optim.accumulation_steps if num_steps is not None else None
-        assert config.decoder_lr_factor is not None
-        factors = {"W_dec": config.decoder_lr_factor}
-        if "threshold" in parameters:
-            factors["threshold"] = resolve_threshold_lr(config, self.peak_lr, num_updates) / self.peak_lr
-        self.adam = build_adam(parameters, optim, factors)
+        assert config.normalize_decoder is not None
+        self.update = Update(
+            self.sae,
+            optim,
+            self._lr_factors(),
+            mesh,
+            unit_decoder=config.normalize_decoder,
+            shard_optimizer=shard_optimizer,
+        )
         self.schedule = lr_schedule(optim, num_steps)
         self.sparsity = sparsity_schedule(config, num_steps)
-        self.firing = FiringStatistics(d_sae, config.dead_after_tokens, mesh.device, mesh.data)
+        self.firing = FiringStatistics(
+            self.sae.d_own, config.dead_after_tokens, mesh.device, mesh.data, mesh.latent
+        )
         self.window = WindowSums(self.sae.d_out, self.sae.loss_parts, mesh.device)
-        self.ranks = ranks_of(mesh.data)
+        self.ranks = ranks_of(mesh.world)
         self.scale = self.out_scale = 1.0
         self.density = 1.0
         self.initialised = False
         self.step = 0
+
+    def _lr_factors(self) -> dict[str, float]:
+        config, num_updates = self.config, None
+        if self.num_steps is not None:
+            num_updates = self.num_steps // self.optim.accumulation_steps
+        assert config.decoder_lr_factor is not None
+        factors = {"W_dec": config.decoder_lr_factor}
+        if "threshold" in dict(self.sae.named_parameters()):
+            factors["threshold"] = resolve_threshold_lr(config, self.peak_lr, num_updates) / self.peak_lr
+        return factors
 
     @torch.no_grad()
     def initialise(self, first: Tensor, first_targets: Tensor | None = None) -> None:
@@ -95,12 +118,11 @@ class SAETrainer:
         else:
             assert self.config.b_dec_init is not None
             self.sae.b_dec.copy_(decoder_bias(y, self.config.b_dec_init, self.mesh.data))
-            self.sae.calibrate(x, self.mesh.data)
+            self.sae.calibrate(x, self._context(y))
         if self.sae.uses_density:
             x = x[:_FIRST_DENSITY_ROWS]
-            counts = torch.stack([self.sae.decoded(x)[1], torch.tensor(len(x), device=x.device)])
-            num_active, num_tokens = collectives.sum_(counts, self.mesh.data).tolist()
-            self.density = num_active / (num_tokens * self.sae.d_sae)
+            num_active = int(self.ranks.sum_(self.sae.decoded(x)[1]))
+            self.density = num_active / (len(x) * self.mesh.num_data * self.sae.d_sae)
         self.initialised = True
 
     def _units(self, x: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -121,35 +143,39 @@ class SAETrainer:
     def train_step(self, x: Tensor, y: Tensor | None = None) -> None:
         """One step on this rank's part of a global batch, in the LM's own scale.
 
-        `x` is `[batch / ranks, d_in]`; a transcoder has its targets `y` [batch / ranks, d_out] as well.
+        `x` is `[batch / num_data, d_in]`; a transcoder has its targets `y` [batch / num_data, d_out] as well.
         """
         assert self.initialised
-        num_tokens = len(x) * self.mesh.num_ranks
         x, y = self._units(x, y)
-        moments = global_moments(y, num_tokens, self.mesh.data)
-        context = StepContext(
-            moments,
-            self._dead_latents(num_tokens),
+        context = self._context(y)
+        context.dead = self._dead_latents(context.num_tokens)
+        output = self.training_forward(x, y, context)
+        output.loss.backward()
+        updates = (self.step + 1) % self.optim.accumulation_steps == 0
+        update = self.update(self.lr()) if updates else None
+        with torch.no_grad():
+            counts = self.firing.update(output.firing_counts, context.num_tokens)
+            self.window.add(context.moments, output, update)
+            self._measure_density(counts, context.num_tokens)
+            self._resample(x, output, context.num_tokens)
+        self.step += 1
+
+    def _context(self, y: Tensor) -> StepContext:
+        num_tokens = len(y) * self.mesh.num_data
+        return StepContext(
+            global_moments(y, num_tokens, self.mesh.data),
+            None,
             self.mesh.data,
             self.ranks,
             self.sparsity(self.step),
             sparse=self.density < _SPARSE_BELOW,
         )
-        output = self.training_forward(x, y, context)
-        output.loss.backward()
-        update = self._update() if (self.step + 1) % self.optim.accumulation_steps == 0 else None
-        with torch.no_grad():
-            counts = self.firing.update(output.firing_counts, num_tokens)
-            self.window.add(moments, output, update)
-            self._measure_density(counts, num_tokens)
-            self._resample(x, output, num_tokens)
-        self.step += 1
 
     def _dead_latents(self, num_tokens: int) -> DeadLatents | None:
         if not self.firing.may_be_dead(num_tokens):
             return None
         mask = self.firing.dead_mask()
-        num_dead = mask.sum()
+        num_dead = collectives.sum_(mask.sum(), self.mesh.latent)
         if mask.device.type == "cpu" and not num_dead:  # costs nothing to ask here
             return None
         return DeadLatents(mask, num_dead.float())
@@ -157,7 +183,8 @@ class SAETrainer:
     def _measure_density(self, counts: Tensor, num_tokens: int) -> None:
         # Seldom, as the host waits for the device here.
         if self.sae.uses_density and self.step % _STEPS_BETWEEN_DENSITIES == 0:
-            self.density = int(counts.sum()) / (num_tokens * self.sae.d_sae)
+            num_active = int(collectives.sum_(counts.sum(), self.mesh.latent))
+            self.density = num_active / (num_tokens * self.sae.d_sae)
 
     def _resample(self, x: Tensor, output: StepOutput, num_tokens: int) -> None:
         """Restart dead latents where --sae.resample-every-tokens falls into this step."""
@@ -170,31 +197,13 @@ class SAETrainer:
         dead = self.firing.dead_mask()
         seed = resample_seed(self.seed, self.step)
         centred = self.sae.encoder_input(x)
-        resample_dead(self.sae, self.adam, dead, centred, output.residual, self.mesh.data, seed)
+        resample_dead(self.sae, self.update, dead, centred, output.residual, seed)
         self.firing.revive(dead)
-
-    @torch.no_grad()
-    def _update(self) -> tuple[Tensor, Tensor]:
-        """Reduce, project, norm, clip, Adam, renormalise. Returns the gradient norm, and 1. where it was not finite."""
-        gradients = []
-        for parameter in self.sae.parameters():
-            assert parameter.grad is not None
-            gradients.append(collectives.sum_(parameter.grad, self.mesh.data))
-        if self.config.normalize_decoder:
-            assert self.sae.W_dec.grad is not None
-            project_rows_(self.sae.W_dec.grad, self.sae.W_dec)
-        norm = gradient_norm(gradients) / self.optim.accumulation_steps
-        skipped = adam_step(self.adam, self.lr(), norm, self.optim.grad_clip, self.optim.accumulation_steps)
-        if self.config.normalize_decoder:
-            renormalise_rows_(self.sae.W_dec)
-        self.sae.constrain_()
-        self.adam.zero_grad(set_to_none=True)
-        return norm, skipped
 
     def read_metrics(self) -> dict[str, float]:
         """What happened since the last call, over all ranks; begins a new window."""
-        metrics = self.window.read(self.mesh.data)
-        metrics["dead_fraction"] = self.firing.dead_mask().double().mean().item()
+        metrics = self.window.read(self.mesh.data, self.mesh.latent)
+        metrics["dead_fraction"] = self.firing.dead_fraction()
         self.window.clear()
         return metrics
 
@@ -211,32 +220,55 @@ class SAETrainer:
 
     @torch.no_grad()
     def folded(self) -> SAE:
-        """A copy of the SAE as it stands that takes activations in the LM's own scale, without gradients."""
-        sae = copy.deepcopy(self.sae).requires_grad_(False)
-        sae.cast_(torch.float32)
+        """A copy of the whole SAE as it stands that takes activations in the LM's own scale, without gradients.
+
+        Where several ranks hold it they all call this, and get it on the CPU.
+        """
+        sae = empty_like(self.sae, self.config)
+        state = {name: self._whole(name, t.detach()) for name, t in self.sae.state_dict().items()}
+        sae.load_state_dict(state, assign=True)
+        sae.requires_grad_(False).cast_(torch.float32)
         sae.fold_scales_(self.scale, self.out_scale)
-        sae.shape = replace(sae.shape, autocast=False)
         return sae
 
+    def frequencies(self) -> Tensor:
+        """Share of tokens on which each latent fires, float32 [d_sae]; all ranks that hold the SAE call this."""
+        return self._whole("frequencies", self.firing.frequencies())
+
+    def _whole(self, name: str, tensor: Tensor) -> Tensor:
+        """A copy of `tensor`, with the rows of all latents where it has a row for each latent."""
+        if self.mesh.latent is None or name in self.sae.shared or tensor.dim() == 0:
+            return tensor.clone()
+        return collectives.gather_on_host(tensor, self.mesh.latent)
+
     def tensors(self) -> dict[str, Tensor]:
-        """The tensors of a checkpoint that are the same on every rank."""
-        named = {f"weights/{name}": p.detach() for name, p in self.sae.named_parameters()}
+        """The tensors of a checkpoint that ranks hold together: on a mesh as DTensors over it."""
+        named = {f"weights/{name}": self._placed(name, p.detach()) for name, p in self.sae.named_parameters()}
         named |= {f"buffers/{name}": b for name, b in self.sae.named_buffers()}
-        for name, parameter in self.sae.named_parameters():
-            state = self.adam.state[parameter] or _empty_adam_state(self.adam, parameter)
-            named |= {f"adam/{name}/{key}": value for key, value in state.items()}
-        named |= {f"firing/{name}": t for name, t in self.firing.tensors().items()}
+        for name, state in self.update.state().items():
+            for key, value in state.items():
+                named[f"adam/{name}/{key}"] = self._placed(name, value, sliced=self.update.sliced)
+        named |= {f"firing/{name}": self._placed(name, t) for name, t in self.firing.tensors().items()}
         return named | {f"window/{name}": t for name, t in self.window.tensors().items()}
+
+    def _placed(self, name: str, tensor: Tensor, *, sliced: bool = False) -> Tensor:
+        if name in self.sae.shared or tensor.dim() == 0:
+            return tensor
+        return rows_of_all(tensor, self.mesh, sliced)
 
     def rank_tensors(self) -> dict[str, Tensor]:
         """The tensors of a checkpoint that are this rank's own."""
-        named = {"window_local": self.window.local}
+        named = {"window_local": self.window.local, "window_active": self.window.num_active}
         if self.optim.accumulation_steps > 1:
             for name, parameter in self.sae.named_parameters():
                 if parameter.grad is None:
                     parameter.grad = torch.zeros_like(parameter)
                 named[f"grad/{name}"] = parameter.grad
         return named
+
+    def has_rows(self, key: str) -> bool:
+        """Whether the tensor `key` of `rank_tensors` has a row for each latent of this rank."""
+        return key.startswith("grad/") and key.removeprefix("grad/") not in self.sae.shared
 
     def counters(self) -> dict[str, Any]:
         """The numbers of a checkpoint that are the same on every rank."""
@@ -256,13 +288,3 @@ class SAETrainer:
         self.density, self.initialised = counters["density"], counters["initialised"]
         self.firing.load_counters(counters["firing"])
         self.window.num_tokens, self.window.num_steps, self.window.num_updates = counters["window"]
-
-
-def _empty_adam_state(adam: torch.optim.Adam, parameter: torch.nn.Parameter) -> dict[str, Tensor]:
-    """The state that Adam would make for `parameter` at its first step: a checkpoint is filled into it."""
-    adam.state[parameter] = {
-        "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
-        "exp_avg": torch.zeros_like(parameter),
-        "exp_avg_sq": torch.zeros_like(parameter),
-    }
-    return adam.state[parameter]

@@ -47,7 +47,7 @@ def train(sae: SAEConfig, optim: OptimConfig = OPTIM, transcoder: bool = False) 
     metrics = trainer.read_metrics()
     return {
         "weights": {name: t.detach() for name, t in trainer.sae.state_dict().items()},
-        "adam": {n: trainer.adam.state[p]["exp_avg"] for n, p in trainer.sae.named_parameters()},
+        "adam": {n: state["exp_avg"] for n, state in trainer.update.state().items()},
         "scale": trainer.scale,
         "num_tokens_since_fired": trainer.firing.num_tokens_since_fired,
         "frequencies": trainer.firing.frequencies(),

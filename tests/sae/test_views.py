@@ -12,6 +12,7 @@ from bigsae.config import OptimConfig, SAEConfig
 from bigsae.sae.base import SAE, Shape, layer_norm
 from bigsae.sae.batchtopk import BatchTopKSAE
 from bigsae.sae.build import ARCHITECTURES, build_sae
+from bigsae.sae.losses import StepContext, global_moments
 from bigsae.sae.topk import TopKSAE
 from bigsae.training.fit import fit_trainer
 from tests.sae.saes import (
@@ -278,7 +279,7 @@ def test_jumprelus_thresholds_start_at_the_target(d_out):
     sae = make_sae(SAEConfig(architecture="jumprelu", target_l0=3.0), d_out)
     sae.get_parameter("b_enc").zero_()  # as a run starts
     x = make_x(sae)
-    sae.calibrate(x, None)
+    sae.calibrate(x, StepContext(global_moments(x, len(x), None)))
     assert len(sae.get_parameter("threshold").unique()) == 1
     assert abs(int((sae.encode(x) > 0).sum()) - 3 * BATCH) <= 1
     cases: list[tuple[dict[str, Any], float]] = [
@@ -287,7 +288,7 @@ def test_jumprelus_thresholds_start_at_the_target(d_out):
     ]
     for fields, value in cases:
         sae = make_sae(SAEConfig(architecture="jumprelu", **fields), d_out)
-        sae.calibrate(x, None)
+        sae.calibrate(x, StepContext(global_moments(x, len(x), None)))
         assert torch.equal(sae.get_parameter("threshold"), torch.full((D_SAE,), value))
 
 

@@ -190,15 +190,15 @@ def test_init_from_a_transcoder(config, tmp_path, name):
 
 
 def test_init_from_survives_a_stop_before_the_first_step(config, tmp_path, monkeypatch):
-    from bigsae.training import loop
+    from bigsae.data.harvest import Harvest
     from bigsae.training.run import Preempted
 
     bigsae.train_saes(with_sae(config, SAEConfig(k=3)))
     second = with_sae(config, SAEConfig(k=3, init_from=config.output_dir))
     second = replace(second, output_dir=str(tmp_path / "second"))
-    plain = loop.Harvest.fill
+    plain = Harvest.fill
     with monkeypatch.context() as patch:
-        patch.setattr(loop.Harvest, "fill", lambda self, step, should_stop: plain(self, step, lambda: True))
+        patch.setattr(Harvest, "fill", lambda self, step, should_stop: plain(self, step, lambda: True))
         with pytest.raises(Preempted):
             bigsae.train_saes(second)
     resumed = bigsae.train_saes(replace(second, resume=True))["model.layers.1"]

@@ -98,13 +98,13 @@ def test_data_that_ends_on_a_saved_and_measured_step_is_finished_once(config):
 
 def test_going_on_within_the_first_filling_of_the_buffer(config, monkeypatch):
     """Stopped before the first step, and past the end of an epoch: nothing is held against the data."""
-    from bigsae.training import loop
+    from bigsae.data.harvest import Harvest
 
     buffer = replace(config.buffer, tokens=20_000)
     config = replace(config, buffer=buffer, batch_size_tokens=4096, tokens=4 * 4096)
     calls = 0
 
-    def harvest_stopped(self, step, should_stop, plain=loop.Harvest.fill):
+    def harvest_stopped(self, step, should_stop, plain=Harvest.fill):
         def stop_late() -> bool:
             nonlocal calls
             calls += 1
@@ -113,7 +113,7 @@ def test_going_on_within_the_first_filling_of_the_buffer(config, monkeypatch):
         return plain(self, step, stop_late)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop.Harvest, "fill", harvest_stopped)
+        patch.setattr(Harvest, "fill", harvest_stopped)
         with pytest.raises(Preempted):
             bigsae.train_saes(config)
     assert status(config)["step"] == 0

@@ -1,0 +1,134 @@
+"""The k largest latents of each token, of an SAE whose latents lie on one rank or on several.
+
+On several, each rank selects among its own latents, then all together. A rank's k best are sorted by (value descending,
+latent ascending), and ranks hold ascending latents. So in the list of all ranks' candidates, by rank, place ascending
+is latent ascending among equal values: values alone are exchanged.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bigsae.kernels.decode import sparse_decode
+from bigsae.kernels.encode import check_encoder, select_pre_acts, topk_encode
+from bigsae.kernels.encode_above import attach
+from bigsae.kernels.pairs import RaggedPairs
+from bigsae.kernels.sparse_grad import LatentMajor
+from bigsae.kernels.topk import select_topk
+
+Gather = Callable[[Tensor], Tensor]
+"""From a tensor [n, ...] to those of all ranks, by rank, [ranks * n, ...]."""
+
+
+@dataclass(frozen=True)
+class TopK:
+    """k latents of each token, on one rank: `acts` [batch, k], differentiable, and `indices`, largest first."""
+
+    acts: Tensor
+    indices: Tensor
+    pattern: LatentMajor | None
+
+    def first(self, k: int) -> "TopK":
+        """The k largest alone."""
+        return TopK(self.acts[:, :k].contiguous(), self.indices[:, :k].contiguous(), None)
+
+    def decode(self, weight: Tensor) -> Tensor:
+        """[batch, d_out]: what they add up to in rows of `weight` [d_sae, d_out]; differentiable."""
+        return sparse_decode(self.acts, self.indices, weight, self.pattern)
+
+    def firing_counts(self, d_sae: int) -> Tensor:
+        """[d_sae] int32: tokens on which each latent has a value > 0."""
+        fired = (self.acts.detach() > 0).to(torch.int32)
+        counts = torch.zeros(d_sae, dtype=torch.int32, device=fired.device)
+        return counts.scatter_add_(0, self.indices.flatten(), fired.flatten())
+
+
+@dataclass(frozen=True)
+class OwnOfTopK:
+    """Of the k latents of each token those that this rank holds: `acts` [num_pairs], differentiable, at `pairs`."""
+
+    acts: Tensor
+    pairs: RaggedPairs
+    places: Tensor
+    """[num_pairs] int64: each one's place among its token's k, 0 the largest."""
+
+    def first(self, k: int) -> "OwnOfTopK":
+        """Those among the k largest alone."""
+        keep = self.places < k
+        return OwnOfTopK(self.acts[keep], self.pairs.select(keep), self.places[keep])
+
+    def decode(self, weight: Tensor) -> Tensor:
+        """[batch, d_out]: what they add up to in rows of `weight` [d_own, d_out]; differentiable."""
+        return self.pairs.decode(self.acts, weight)
+
+    def firing_counts(self, d_sae: int) -> Tensor:
+        """[d_own] int64: tokens on which each latent has a value > 0."""
+        assert d_sae == self.pairs.d_sae
+        return self.pairs.latent_sums((self.acts.detach() > 0).to(torch.int32))
+
+
+@torch.no_grad()
+def _select(
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor,
+    k: int,
+    mask: Tensor | None,
+    relu: bool,
+    slab_rows: int | None,
+    rank: int,
+    gather: Gather,
+) -> tuple[Tensor, RaggedPairs, Tensor]:
+    k_own = min(k, W_enc.shape[0])
+    values, indices = select_pre_acts(x, W_enc, b_enc, k_own, mask, slab_rows)
+    candidates = gather(values).view(-1, len(x), k_own).transpose(0, 1).flatten(1)
+    _, places = select_topk(candidates, min(k, candidates.shape[1]))
+    place_of = places.new_full(candidates.shape, k).scatter_(1, places, _ascending(places).expand_as(places))
+    place_of = place_of[:, rank * k_own : (rank + 1) * k_own]
+    keep = place_of < k
+    # Without value and gradient: masked latents, and under the ReLU what is not positive. A NaN stays.
+    keep &= ~(values == float("-inf")) if not relu else ~(values <= 0)
+    indices, order = indices.masked_fill(~keep, W_enc.shape[0]).sort(1)
+    keep = keep.gather(1, order)
+    crow = F.pad(keep.sum(1).cumsum(0), (1, 0))
+    pairs = RaggedPairs(indices[keep], crow, W_enc.shape[0])
+    return values.gather(1, order)[keep], pairs, place_of.gather(1, order)[keep]
+
+
+def _ascending(like: Tensor) -> Tensor:
+    return torch.arange(like.shape[1], device=like.device)
+
+
+def topk_pairs(
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor,
+    k: int,
+    rank: int = 0,
+    gather: Gather | None = None,
+    *,
+    mask: Tensor | None = None,
+    relu: bool = True,
+    slab_rows: int | None = None,
+) -> TopK | OwnOfTopK:
+    """The k largest of each token's pre-activations, as `topk_encode`; of those of all ranks, what this one holds.
+
+    Args:
+        x: [batch, d_in], the same tokens on every rank.
+        W_enc, b_enc: [d_own, d_in] and [d_own], this rank's latents; as many on every rank.
+        k: how many latents of all ranks a token selects.
+        rank: the number of this rank; lower ones hold lower latents.
+        gather: exchanges the candidates; None where one rank holds all latents.
+        mask: [d_own] bool; only latents where it is True are selected.
+        relu: clamp selected values at zero; on several ranks those that are not positive, which then have neither value
+            nor gradient, are left out.
+        slab_rows: rows of the slab.
+    """
+    if gather is None:
+        return TopK(*topk_encode(x, W_enc, b_enc, k, mask=mask, relu=relu, slab_rows=slab_rows))
+    check_encoder(x, W_enc, b_enc)
+    values, pairs, places = _select(x, W_enc, b_enc, k, mask, relu, slab_rows, rank, gather)
+    return OwnOfTopK(attach(values, pairs, x, W_enc, b_enc), pairs, places)

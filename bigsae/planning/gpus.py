@@ -1,0 +1,64 @@
+"""What a GPU can do: the makers' figures, and the part of them that a run is taken to reach.
+
+These parts are assumptions, not measurements.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Resource = Literal["compute", "memory bandwidth", "NVLink", "network"]
+
+MATMUL_EFFICIENCY = 0.6
+"""Part of the peak that matmuls reach."""
+MEMORY_EFFICIENCY = 0.7
+"""Part of the memory's bandwidth that streams and gathers of rows reach."""
+LINK_EFFICIENCY = 0.7
+"""Part of a link's bandwidth that collectives reach."""
+USABLE_MEMORY = 0.92
+"""Part of the memory that tensors can have: the rest is the driver's, NCCL's, and lost between blocks."""
+
+
+@dataclass(frozen=True)
+class GPU:
+    """One rank's device. Bytes and operations a second; links count one direction."""
+
+    memory_gib: float | None
+    """None: not known."""
+    bf16: float
+    """Of dense matmuls in bfloat16, operations a second."""
+    fp32: float
+    """Of matmuls in float32, without TF32, as the SAE's are by default."""
+    memory: float
+    nvlink: float
+    network: float
+    """One GPU's share of its node's network."""
+
+
+# NVIDIA's data sheets, SXM boards; eight 400 Gbit/s ports a node (A100: 200 Gbit/s). cpu: one core of a server.
+GPUS = {
+    "h100": GPU(80, 989e12, 67e12, 3.35e12, 450e9, 50e9),
+    "h200": GPU(141, 989e12, 67e12, 4.8e12, 450e9, 50e9),
+    "a100": GPU(80, 312e12, 19.5e12, 2.0e12, 300e9, 25e9),
+    "b200": GPU(180, 2250e12, 75e12, 7.7e12, 900e9, 50e9),
+    "cpu": GPU(None, 0.1e12, 0.1e12, 10e9, 5e9, 1e9),
+}
+
+
+def usable_bytes(gpu: GPU) -> int | None:
+    """Bytes of a GPU that a run's tensors can have; None where that is not known."""
+    return None if gpu.memory_gib is None else int(gpu.memory_gib * 2**30 * USABLE_MEMORY)
+
+
+def seconds(
+    gpu: GPU, matmul_dtype: str, flops: float, moved: float, nvlink: float, network: float
+) -> dict[Resource, float]:
+    """How long each resource is busy with so many operations and bytes."""
+    peak = gpu.fp32 if matmul_dtype == "float32" else gpu.bf16
+    return {
+        "compute": flops / (peak * MATMUL_EFFICIENCY),
+        "memory bandwidth": moved / (gpu.memory * MEMORY_EFFICIENCY),
+        "NVLink": nvlink / (gpu.nvlink * LINK_EFFICIENCY),
+        "network": network / (gpu.network * LINK_EFFICIENCY),
+    }

@@ -1,0 +1,198 @@
+"""What the language model costs, from its configuration: bytes of a shard, operations and bytes of a forward."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from bigsae.config import LMConfig, UserError
+from bigsae.lm import loading
+from bigsae.lm.hookpoints import Hookpoint, decoder_layers, locate, resolve_hookpoints
+from bigsae.lm.loading import meta_model
+from bigsae.parallel.memory import DTYPE_BYTES
+from bigsae.planning.options import PlanConfig
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Parameters that FSDP gathers together."""
+
+    shapes: tuple[tuple[int, ...], ...]
+
+    def num_elements(self) -> int:
+        """Of all of them."""
+        return sum(_numel(shape) for shape in self.shapes)
+
+    def num_local(self, shard_size: int) -> int:
+        """Elements on the first of `shard_size` ranks, which share the first dimension of each."""
+        return sum(-(-shape[0] // shard_size) * _numel(shape[1:]) for shape in self.shapes)
+
+
+@dataclass(frozen=True)
+class LMFacts:
+    """The part of a language model that is loaded, and what is read from it."""
+
+    root: Unit
+    """What is gathered for the length of a forward: what is in no unit."""
+    units: tuple[Unit, ...]
+    """What is gathered by itself, in the order of the forward: embedding, layers; the head, which never is."""
+    num_layers: int
+    """Decoder layers that are loaded."""
+    buffers: int
+    """Bytes of what is no parameter."""
+    matmul_weights: float
+    """Elements of the matrices by which a token is multiplied."""
+    layer_elements: int
+    """Parameters of the layers that a forward goes through."""
+    matmul_widths: float
+    """Inputs and outputs of these matrices, elements a token."""
+    widest_layer: float
+    """Outputs of all matrices of one layer, elements a token."""
+    attention_width: int
+    """heads x head_dim, over all layers that a forward goes through."""
+    widths: dict[str, int]
+    """d_in of each hookpoint that is read, in the order of the forward."""
+    targets: tuple[tuple[str, str], ...]
+    """For each SAE what it reads and what it predicts."""
+
+    def local_bytes(self, lm: LMConfig, shard_size: int) -> int:
+        """Of this rank's shard."""
+        local = sum(unit.num_local(shard_size) for unit in (self.root, *self.units))
+        return local * DTYPE_BYTES[lm.dtype] + self.buffers
+
+    def unsharded_bytes(self, lm: LMConfig, shard_size: int, ahead: bool) -> int:
+        """The most that is whole at a time under FSDP; `ahead`: a unit is gathered while the one before it is used."""
+        if shard_size == 1:
+            return 0
+        sizes = [unit.num_elements() for unit in self.units[: self.num_layers + 1]]
+        pairs = [a + b for a, b in itertools.pairwise(sizes)]
+        most = max(pairs, default=0) if ahead else 0
+        return (self.root.num_elements() + max(most, *sizes)) * DTYPE_BYTES[lm.dtype]
+
+    def gathered_bytes(self, lm: LMConfig) -> int:
+        """What a forward gathers in all."""
+        return sum(unit.num_elements() for unit in (self.root, *self.used_units)) * DTYPE_BYTES[lm.dtype]
+
+    @property
+    def used_units(self) -> tuple[Unit, ...]:
+        """The units without the head."""
+        return self.units[:-1] if self.has_own_head else self.units
+
+    @property
+    def has_own_head(self) -> bool:
+        """Whether embedding and head are two parameters, and units of their own."""
+        return len(self.units) == self.num_layers + 2
+
+    def activation_bytes(self, lm: LMConfig, num_tokens: int) -> int:
+        """Of a forward of `num_tokens` tokens, with what it hands over. An estimate."""
+        kept = sum(self.widths.values()) * 2  # as it comes, and what of it is trained on
+        residual = 3 * max(self.widths.values())
+        return int(num_tokens * (self.widest_layer + residual + kept) * DTYPE_BYTES[lm.dtype])
+
+    def flops(self, ctx_len: int) -> float:
+        """Of a token's way to the last hookpoint; attention as causal."""
+        return 2 * self.matmul_weights + 2 * ctx_len * self.attention_width
+
+    def moved_bytes(self, lm: LMConfig, num_tokens: int) -> float:
+        """Bytes that a forward of `num_tokens` tokens reads and writes in the GPU's memory."""
+        elements = self.layer_elements + num_tokens * self.matmul_widths
+        return elements * DTYPE_BYTES[lm.dtype]
+
+
+def lm_facts(config: PlanConfig) -> LMFacts:
+    """What can be known of `config`'s model and hookpoints without weights. Raises UserError."""
+    meta, _ = meta_model(config.model, config.lm)
+    targets = _targets(config, meta)
+    sites = locate(meta, list({h.name: h for pair in targets for h in pair}.values()))
+    widths = {site.name: site.d_in for site in sites}
+    targets.sort(key=lambda pair: list(widths).index(pair[0].name))
+    num_needed = max(1, 1 + max(site.layer for site in sites))
+    # The one place that knows whether layers can be left out.
+    kept = loading._cut(meta, config.lm, num_needed).get_text_config().num_hidden_layers
+    return _facts(meta, kept, num_needed, widths, tuple((a.name, b.name) for a, b in targets))
+
+
+def _targets(config: PlanConfig, meta: Any) -> list[tuple[Hookpoint, Hookpoint]]:
+    reads = resolve_hookpoints(config.hookpoints, meta)
+    if not config.sae.output_hookpoint:
+        return [(hookpoint, hookpoint) for hookpoint in reads]
+    predicted = resolve_hookpoints(config.sae.output_hookpoint, meta, flag="--sae.output-hookpoint")
+    if len(reads) != len(predicted):
+        raise UserError(
+            f"--hookpoints names {len(reads)} activations and --sae.output-hookpoint {len(predicted)}: they pair up "
+            "one to one"
+        )
+    return list(zip(reads, predicted, strict=True))
+
+
+def _facts(
+    meta: Any, num_kept: int, num_used: int, widths: dict[str, int], targets: tuple[tuple[str, str], ...]
+) -> LMFacts:
+    path, layers = decoder_layers(meta)
+    text = meta.config.get_text_config()
+    kept_layers, used_layers = list(layers)[:num_kept], list(layers)[:num_used]
+    in_layers = {id(p) for p in layers.parameters()}
+    units = [_unit(layer.parameters()) for layer in kept_layers]
+    ends = (meta.get_input_embeddings(), meta.get_output_embeddings())
+    own_ends = (
+        all(type(end) in (nn.Embedding, nn.Linear) for end in ends) and ends[0].weight is not ends[1].weight
+    )
+    if own_ends:
+        units = [_unit(ends[0].parameters()), *units, _unit(ends[1].parameters())]
+    in_units = in_layers | ({id(p) for end in ends for p in end.parameters()} if own_ends else set())
+    per_layer = [_matrices(layer, text) for layer in used_layers]
+    matrices = [matrix for layer in per_layer for matrix in layer]
+    dropped = tuple(f"{path}.{index}." for index in range(num_kept, len(layers)))
+    buffers = [b for name, b in meta.named_buffers() if not name.startswith(dropped)]
+    return LMFacts(
+        root=_unit(p for p in meta.parameters() if id(p) not in in_units),
+        units=tuple(units),
+        num_layers=num_kept,
+        buffers=sum(b.numel() * b.element_size() for b in buffers),
+        matmul_weights=sum(part * rows * cols for part, rows, cols in matrices),
+        layer_elements=sum(_unit(layer.parameters()).num_elements() for layer in used_layers),
+        matmul_widths=sum(part * (rows + cols) for part, rows, cols in matrices),
+        widest_layer=max(sum(part * rows for part, rows, _ in layer) for layer in per_layer),
+        attention_width=_attention_width(text) * num_used,
+        widths=widths,
+        targets=targets,
+    )
+
+
+def _unit(parameters: Any) -> Unit:
+    return Unit(tuple(tuple(parameter.shape) for parameter in parameters))
+
+
+def _matrices(layer: nn.Module, text: Any) -> list[tuple[float, int, int]]:
+    """The matrices of a layer by which a token is multiplied: how many of each on average, outputs, inputs."""
+    active = getattr(text, "num_experts_per_tok", None) or 1
+    found: list[tuple[float, int, int]] = []
+    for parameter in layer.parameters():
+        shape = tuple(parameter.shape)
+        if len(shape) == 2:
+            found.append((1, *shape))
+        elif len(shape) == 3 and shape[0] in _num_experts(text):
+            found.append((active, shape[1], shape[2]))
+    return found
+
+
+def _num_experts(text: Any) -> Sequence[int]:
+    names = ("num_experts", "num_local_experts", "n_routed_experts")
+    return [value for name in names if (value := getattr(text, name, None))]
+
+
+def _attention_width(text: Any) -> int:
+    heads = getattr(text, "num_attention_heads", 0) or 0
+    head_dim = getattr(text, "head_dim", None) or (text.hidden_size // heads if heads else 0)
+    return heads * head_dim
+
+
+def _numel(shape: Sequence[int]) -> int:
+    product = 1
+    for size in shape:
+        product *= size
+    return product
