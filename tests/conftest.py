@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,3 +20,18 @@ def _on_cpu(request):
         if "kernels" not in request.path.parts:
             patch.setattr(torch.cuda, "is_available", lambda: False)
         yield
+
+
+@pytest.fixture(scope="session")
+def quickstart_run(tmp_path_factory) -> tuple[Path, str]:
+    """Folder and output of the whole quickstart, for slow tests: `.quickstart/` then holds its model and its text.
+
+    QUICKSTART_RUN names a run to use instead, with its output beside it in <folder>.log: for work on these tests.
+    """
+    from tests.launch import quickstart  # not before the environment is set above
+
+    if "QUICKSTART_RUN" in os.environ:
+        out = Path(os.environ["QUICKSTART_RUN"])
+        return out, out.with_suffix(".log").read_text()
+    out = tmp_path_factory.mktemp("quickstart") / "run"
+    return out, quickstart(out)

@@ -15,6 +15,7 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from tests.models import english
 
+ROOT = Path(__file__).parent.parent
 TWO_RANKS = (
     sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
     "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", "-m", "bigsae.train",
@@ -73,3 +74,19 @@ def checkpoint_tensors(checkpoint: Path, scratch: Path) -> dict[str, Tensor]:
     """All tensors of a checkpoint, of every rank."""
     dcp_to_torch_save(checkpoint, scratch)
     return torch.load(scratch, weights_only=True)
+
+
+def quickstart(out: Path, *flags: str) -> str:
+    """What `scripts/quickstart.sh` prints, for a run in `out` with more `flags`."""
+    env = {
+        k: v for k, v in os.environ.items() if k not in ("OMP_NUM_THREADS", "TRITON_INTERPRET", "VIRTUAL_ENV")
+    }
+    done = subprocess.run(
+        ["bash", "scripts/quickstart.sh", "--output-dir", str(out), *flags],
+        cwd=ROOT,
+        env=env,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout

@@ -3,45 +3,20 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
-from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import bigsae
+from tests.launch import ROOT, quickstart
 
-ROOT = Path(__file__).parent.parent
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 
-def quickstart(out: Path, *flags: str) -> str:
-    """Its output, for a run in `out` with more `flags`."""
-    env = {
-        k: v for k, v in os.environ.items() if k not in ("OMP_NUM_THREADS", "TRITON_INTERPRET", "VIRTUAL_ENV")
-    }
-    done = subprocess.run(
-        ["bash", "scripts/quickstart.sh", "--output-dir", str(out), *flags],
-        cwd=ROOT,
-        env=env,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    return done.stdout
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory) -> tuple[Path, str]:
-    out = tmp_path_factory.mktemp("quickstart") / "run"
-    return out, quickstart(out)
-
-
-def test_it_learns_and_says_so(finished):
-    out, output = finished
+def test_it_learns_and_says_so(quickstart_run):
+    out, output = quickstart_run
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     heldout = [row["heldout_fvu"] for row in rows if "heldout_fvu" in row]
     assert heldout[-1] <= 0.12
@@ -51,15 +26,15 @@ def test_it_learns_and_says_so(finished):
     assert json.loads((out / "status.json").read_text())["status"] == "finished"
 
 
-def test_a_second_run_reuses_what_is_there(finished):
-    out, output = finished
+def test_a_second_run_reuses_what_is_there(quickstart_run):
+    out, output = quickstart_run
     before = (out / "metrics.jsonl").read_bytes()
     again = quickstart(out)
     assert (out / "metrics.jsonl").read_bytes() == before
     assert again[again.index("FVU") :] == output[output.index("FVU") :]
 
 
-def test_saelens_agrees_on_the_models_own_activations(finished):
+def test_saelens_agrees_on_the_models_own_activations(quickstart_run):
     """In the model's own scale, the sink at position 0 included, which training left out."""
     sae_lens = pytest.importorskip("sae_lens")
     model = AutoModelForCausalLM.from_pretrained(ROOT / ".quickstart/SmolLM2-135M", dtype=torch.float32)
@@ -68,7 +43,7 @@ def test_saelens_agrees_on_the_models_own_activations(finished):
     with torch.no_grad():
         ids = tokenizer(speech, return_tensors="pt").input_ids
         x = model(ids, output_hidden_states=True).hidden_states[7][0]  # what layer 6 returns
-        folder = finished[0] / "model.layers.6"
+        folder = quickstart_run[0] / "model.layers.6"
         ours, theirs = bigsae.load_sae(folder), sae_lens.SAE.load_from_disk(folder, device="cpu")
         assert x[0].norm() > 5 * x.norm(dim=1).median()
         torch.testing.assert_close(ours.encode(x), theirs.encode(x), rtol=1e-5, atol=1e-5)
