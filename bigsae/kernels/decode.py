@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from bigsae.kernels.dispatch import use_triton
-from bigsae.kernels.sparse_grad import LatentMajor, gradient_dtype
+from bigsae.kernels.sparse_grad import LatentMajor, weight_gradient
 
 
 def gather_sum(coefficients: Tensor, top_indices: Tensor, weight: Tensor, *, dtype: torch.dtype) -> Tensor:
@@ -73,7 +73,7 @@ class _SparseDecode(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             d_top_acts = gather_dot(d_recon, weight, pattern.top_indices, dtype=top_acts.dtype)
         if ctx.needs_input_grad[1]:
-            d_weight = pattern.rows(top_acts, d_recon, dtype=gradient_dtype(weight))
+            d_weight = weight_gradient(weight, pattern, top_acts, d_recon)
         return d_top_acts, d_weight, None
 
 

@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 
 from bigsae.kernels.decode import gather_sum
 from bigsae.kernels.dispatch import backend
-from bigsae.kernels.sparse_grad import LatentMajor, gradient_dtype
+from bigsae.kernels.sparse_grad import LatentMajor, weight_gradient
 from bigsae.kernels.topk import select_topk
 
 _SLAB_BYTES = 256 * 2**20
@@ -133,7 +133,7 @@ class _TopKEncode(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             dx = gather_sum(d_pre, pattern.top_indices, W_enc, dtype=x.dtype)
         if ctx.needs_input_grad[1]:
-            dW_enc = pattern.rows(d_pre, x, dtype=gradient_dtype(W_enc))
+            dW_enc = weight_gradient(W_enc, pattern, d_pre, x)
         if ctx.needs_input_grad[2]:
             db_enc = pattern.sums(d_pre, dtype=ctx.b_enc_dtype)
         return dx, dW_enc, db_enc, None, None, None, None

@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 from bigsae.kernels.dispatch import use_triton
 from bigsae.kernels.encode import check_encoder, pre_acts_by_slab
 from bigsae.kernels.pairs import DensePairs, RaggedPairs, gather_sum
-from bigsae.kernels.sparse_grad import gradient_dtype
+from bigsae.kernels.sparse_grad import weight_gradient
 
 # On a Zen 4 core, [2048, 16384] with 32 above in each row: 31 ms, whatever the bounds, where the matmul takes 424 and
 # `nonzero` of all comparisons 180. Maxima of tiles (topk.py) take 23 if all bounds are equal, 75 if they vary.
@@ -113,7 +113,7 @@ class _Attach(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             dx = gather_sum(d_pre, pairs, W_enc, dtype=x.dtype)
         if ctx.needs_input_grad[2]:
-            dW_enc = pairs.latent_major.rows(d_pre, x, dtype=gradient_dtype(W_enc))
+            dW_enc = weight_gradient(W_enc, pairs.latent_major, d_pre, x)
         if ctx.needs_input_grad[3]:
             db_enc = pairs.latent_major.sums(d_pre, dtype=ctx.b_enc_dtype)
         return None, dx, dW_enc, db_enc, None

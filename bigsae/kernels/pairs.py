@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from bigsae.kernels.dispatch import use_triton
-from bigsae.kernels.sparse_grad import LatentMajor, RaggedLatentMajor, gradient_dtype
+from bigsae.kernels.sparse_grad import LatentMajor, RaggedLatentMajor, weight_gradient
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:
@@ -212,7 +212,7 @@ class _Decode(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             d_values = gather_dot(d_out, pairs, weight, dtype=values.dtype)
         if ctx.needs_input_grad[1]:
-            d_weight = pairs.latent_major.rows(values, d_out, dtype=gradient_dtype(weight))
+            d_weight = weight_gradient(weight, pairs.latent_major, values, d_out)
         return d_values, d_weight, None
 
 

@@ -95,3 +95,11 @@ def jumprelu(pre_acts: Tensor, threshold: Tensor, bandwidth: float) -> tuple[Ten
         slope = ((pre_acts - threshold).abs() / bandwidth < 0.5) / -bandwidth
     ramp = slope * (threshold - threshold.detach())  # zero, but for its gradient
     return pre_acts * active + threshold.detach() * ramp, active + ramp
+
+
+def shortfall(
+    x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor, W_dec: Tensor, dead: Tensor
+) -> Tensor:
+    """[]: what the pre-activations of the latents `dead` [n] lack to their thresholds, times decoder norms, in all."""
+    pre_acts = torch.nn.functional.linear(x, W_enc, b_enc)
+    return ((threshold - pre_acts).relu() * W_dec.norm(dim=1))[:, dead].sum()

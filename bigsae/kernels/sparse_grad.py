@@ -17,6 +17,39 @@ def gradient_dtype(weight: Tensor) -> torch.dtype:
     return (weight.grad_dtype if weight.is_leaf else None) or weight.dtype
 
 
+def add_in_place(weight: Tensor) -> None:
+    """Have this module's gradients of the parameter `weight` added to its `grad` as they are made, from now on.
+
+    Autograd adds up the gradients of a weight's uses when they all exist, each as large as the weight. Backwards for
+    which `weight.grad` is None still give it to autograd.
+    """
+    weight.adds_in_place = True  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _sum_in_place(weight: Tensor) -> Tensor | None:
+    return weight.grad if getattr(weight, "adds_in_place", False) else None
+
+
+def gradient_sum(weight: Tensor) -> tuple[Tensor | None, Tensor]:
+    """For a backward that adds up a gradient of `weight` itself: what it returns to autograd, and what it adds to."""
+    total = _sum_in_place(weight)
+    if total is not None:
+        return None, total
+    total = torch.zeros_like(weight, dtype=gradient_dtype(weight))
+    return total, total
+
+
+def weight_gradient(
+    weight: Tensor, pattern: "LatentMajor", coefficients: Tensor, dense: Tensor
+) -> Tensor | None:
+    """For a backward: the `rows` of `pattern` as the gradient of `weight`, None where they were added to its sum."""
+    total = _sum_in_place(weight)
+    if total is None:
+        return pattern.rows(coefficients, dense, dtype=gradient_dtype(weight))
+    pattern.rows(coefficients, dense, add_to=total)
+    return None
+
+
 class LatentMajor:
     """The selected (token, latent) pairs of a step in latent-major order, sorted once, when first asked for.
 
@@ -71,13 +104,22 @@ class LatentMajor:
         """[d_sae] int64: how many pairs each latent has. A clamped (zero) selected value counts as well."""
         return self.crow.diff()
 
-    def rows(self, coefficients: Tensor, dense: Tensor, *, dtype: torch.dtype | None = None) -> Tensor:
+    def rows(
+        self,
+        coefficients: Tensor,
+        dense: Tensor,
+        *,
+        dtype: torch.dtype | None = None,
+        add_to: Tensor | None = None,
+    ) -> Tensor:
         """The gradient of a latent-major matrix.
 
         Args:
             coefficients: [batch, k], one for each selected latent.
             dense: [batch, d_in].
             dtype: of the result; by default the wider of the two inputs'.
+            add_to: [d_sae, d_in], which the result, in float32 before it is rounded, is added to and which is
+                returned.
 
         Returns:
             [d_sae, d_in]: out[l] = sum over (b, j) with top_indices[b, j] == l of coefficients[b, j] * dense[b],
@@ -91,23 +133,30 @@ class LatentMajor:
                 f"coefficients {tuple(coefficients.shape)} and dense {tuple(dense.shape)} do not fit top_indices "
                 f"{tuple(self.top_indices.shape)}"
             )
+        if add_to is not None:
+            dtype = add_to.dtype
         dtype = dtype or torch.promote_types(coefficients.dtype, dense.dtype)
         if use_triton(coefficients, dense):
             from bigsae.kernels import sparse_grad_triton
 
-            return sparse_grad_triton.latent_rows(self, coefficients, dense, dtype)
+            return sparse_grad_triton.latent_rows(self, coefficients, dense, dtype, add_to=add_to)
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         coefficients, dense = coefficients.flatten()[self.order].to(wide), dense.to(wide)
-        if dtype == wide:
+        if dtype == wide and add_to is None:
             return _bags(self.tokens, dense, self.crow, coefficients)
-        out = torch.empty(self.d_sae, dense.shape[1], dtype=dtype, device=dense.device)
+        out = add_to
+        if out is None:
+            out = torch.empty(self.d_sae, dense.shape[1], dtype=dtype, device=dense.device)
         size = max(_WIDE_ELEMENTS // max(dense.shape[1], 1), 1)
         crow = self.crow.cpu()
         for first in range(0, self.d_sae, size):
             start, stop = int(crow[first]), int(crow[min(first + size, self.d_sae)])
             own = slice(start, stop)
             bounds = self.crow[first : first + size + 1] - start
-            out[first : first + size] = _bags(self.tokens[own], dense, bounds, coefficients[own])
+            rows = _bags(self.tokens[own], dense, bounds, coefficients[own])
+            if add_to is not None:
+                rows += out[first : first + size]
+            out[first : first + size] = rows
         return out
 
     def sums(self, coefficients: Tensor, *, dtype: torch.dtype | None = None) -> Tensor:

@@ -73,6 +73,7 @@ def _latent_rows_kernel(
     partial_ptr,
     out_ptr,  # [d_sae, d_in]
     d_in,
+    ADD: tl.constexpr,  # to what out holds
     CHUNK: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -95,12 +96,20 @@ def _latent_rows_kernel(
     total += _sum_pairs(
         tokens_ptr, coefficients_ptr, dense_ptr, tail_start, stop, cols, d_in, BLOCK_N, BLOCK_D
     )
+    if ADD:
+        total += tl.load(out_ptr + latent * d_in + cols, mask=cols < d_in, other=0.0).to(tl.float32)
     tl.store(out_ptr + latent * d_in + cols, total.to(out_ptr.dtype.element_ty), mask=cols < d_in)
 
 
 @on_its_device
 def latent_rows(
-    pattern: LatentMajor, coefficients: Tensor, dense: Tensor, dtype: torch.dtype, *, chunk: int = CHUNK
+    pattern: LatentMajor,
+    coefficients: Tensor,
+    dense: Tensor,
+    dtype: torch.dtype,
+    *,
+    add_to: Tensor | None = None,
+    chunk: int = CHUNK,
 ) -> Tensor:
     """Launches the kernels; arguments and result as `LatentMajor.rows`, which checks them.
 
@@ -108,7 +117,9 @@ def latent_rows(
     """
     coefficients, dense = coefficients.flatten()[pattern.order], dense.contiguous()
     d_in = dense.shape[1]
-    out = torch.empty((pattern.d_sae, d_in), dtype=dtype, device=dense.device)
+    out = add_to
+    if out is None:
+        out = torch.empty((pattern.d_sae, d_in), dtype=dtype, device=dense.device)
     if out.numel() == 0:
         return out
     num_chunks = coefficients.numel() // chunk
@@ -125,6 +136,14 @@ def latent_rows(
             pattern.latents, pattern.tokens, coefficients, dense, partial, d_in, **options
         )
     _latent_rows_kernel[(pattern.d_sae, num_blocks)](
-        pattern.crow, pattern.tokens, coefficients, dense, partial, out, d_in, **options
+        pattern.crow,
+        pattern.tokens,
+        coefficients,
+        dense,
+        partial,
+        out,
+        d_in,
+        ADD=add_to is not None,
+        **options,
     )
     return out

@@ -1,8 +1,10 @@
 import pytest
 import torch
+from torch import Tensor
 
-from bigsae.kernels import reference
-from bigsae.kernels.sparse_grad import LatentMajor
+from bigsae.kernels import reference, sparse_grad
+from bigsae.kernels.sparse_grad import LatentMajor, add_in_place
+from bigsae.kernels.topk_pairs import topk_pairs
 
 DTYPES = [torch.float32, torch.bfloat16]
 
@@ -35,6 +37,50 @@ def test_rows_and_sums(device, shape, dtype, pattern):
     assert torch.equal(latent_major.rows(coefficients, dense, dtype=torch.float32).double(), wide)
     counts = torch.bincount(top_indices.flatten(), minlength=d_sae)
     assert torch.equal(latent_major.counts, counts)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_rows_are_added_to_what_is_there(device, dtype, monkeypatch):
+    """In parts; the sum is rounded once."""
+    monkeypatch.setattr(sparse_grad, "_WIDE_ELEMENTS", 40)
+    top_indices = _indices("spread", 33, 8, 101).to(device)
+    coefficients = torch.randint(-8, 9, (33, 8), device=device).float()
+    dense = torch.randint(-8, 9, (33, 17), device=device).float()
+    total = torch.randint(-8, 9, (101, 17), device=device).to(dtype)
+    before, latent_major = total.double().clone(), LatentMajor(top_indices, 101)
+    assert latent_major.rows(coefficients, dense, add_to=total) is total
+    wide = before + reference.latent_rows(coefficients.double(), top_indices, dense.double(), 101)
+    assert torch.equal(total, wide.to(dtype))
+
+
+@pytest.mark.parametrize("ragged", [False, True])
+def test_a_weight_of_two_uses_sums_its_gradients_in_place(device, ragged):
+    """As autograd would; and autograd does it where there is nothing to add to."""
+
+    def loss(W_enc: Tensor, W_dec: Tensor) -> Tensor:
+        total = x.new_zeros(())
+        for k in (2, 5):
+            gather = (lambda values: values) if ragged else None
+            selected = topk_pairs(x, W_enc, x.new_zeros(40), k, gather=gather)
+            total = total + (selected.decode(W_dec) - x).square().sum()
+        return total
+
+    x = torch.randn(33, 17, device=device)
+    weights = [torch.randn(40, 17, device=device).requires_grad_() for _ in range(2)]
+    loss(*weights).backward()
+    expected = [weight.grad for weight in weights]
+    for weight in weights:
+        add_in_place(weight)
+        weight.grad = None
+    loss(*weights).backward()
+    assert all(torch.equal(w.grad, e) for w, e in zip(weights, expected, strict=True))
+    sums = [torch.ones_like(weight) for weight in weights]
+    for weight, total in zip(weights, sums, strict=True):
+        weight.grad = total
+    loss(*weights).backward()
+    for weight, total, e in zip(weights, sums, expected, strict=True):
+        assert weight.grad is total
+        torch.testing.assert_close(total, 1 + e)
 
 
 def test_sums_are_accumulated_in_float32(device):

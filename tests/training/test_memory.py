@@ -85,6 +85,8 @@ class Step:
     slab: int
     batch: int
     pairs: int
+    num_dead: int
+    """When the step begins."""
 
     @property
     def named(self) -> int:
@@ -109,6 +111,7 @@ def step(
     trainer = fit_trainer(batches, config, optim, seed=0, num_steps=100)
     batches.clear()
     held = living_bytes() - before
+    num_dead = int(trainer.firing.dead_mask().sum())
     peak = held + peak_of(lambda: trainer.train_step(x))
     parameters = dict(trainer.sae.named_parameters())
     states = [t for state in trainer.update.adam.state.values() for t in state.values()]
@@ -122,6 +125,7 @@ def step(
         slab=slab,
         batch=bytes_of(x),
         pairs=batch * K,
+        num_dead=num_dead,
     )
 
 
@@ -154,6 +158,20 @@ def test_a_step_needs_a_tenth_more_than_what_it_names(name, batch, d_sae, slab_m
     measured = step(batch, d_sae, ARCHITECTURES[name], OPTIMS["float32"], monkeypatch, slab_mb)
     assert measured.peak <= 1.10 * measured.named
     assert measured.peak >= 0.95 * measured.named
+
+
+@pytest.mark.parametrize("name", ["topk", "batchtopk", "jumprelu"])
+def test_dead_latents_need_no_second_gradient(name, monkeypatch):
+    """More than a third of them are dead. Before, each use of a matrix had a whole gradient of its own."""
+    sae = ARCHITECTURES[name] | {"dead_after_tokens": 256}
+    measured = step(512, 16_384, sae, OPTIMS["float32"], monkeypatch)
+    assert measured.num_dead > 16_384 / 3
+    assert measured.peak <= 1.10 * measured.named
+
+
+def test_accumulated_gradients_are_one_of_each(monkeypatch):
+    measured = step(512, 16_384, ARCHITECTURES["topk"], OptimConfig(accumulation_steps=2), monkeypatch)
+    assert measured.peak <= 1.10 * measured.named
 
 
 @pytest.mark.parametrize("optim", [name for name in OPTIMS if name != "float32"])
