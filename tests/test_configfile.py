@@ -181,8 +181,8 @@ def test_what_is_no_file(tmp_path):
 
 def test_a_runs_own_file_is_whole(tmp_path):
     """Where a run is gone on from, an option that is missing is an error, not a question."""
-    (tmp_path / "config.json").write_text('{"model": "m"}')
-    with pytest.raises(UserError, match="option 'dataset' is missing"):
+    (tmp_path / "config.json").write_text('{"model": "m", "dataset": "d", "hookpoints": [], "tokens": 9}')
+    with pytest.raises(UserError, match="option 'output_dir' is missing"):
         read_config(tmp_path / "config.json")
 
 
