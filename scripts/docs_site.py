@@ -86,15 +86,23 @@ def reference() -> dict[str, str]:
         for node in tree.body
         if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__"
     )
-    options = ["TrainConfig", *(n for n in exported if n.endswith("Config") and n != "TrainConfig")]
-    others = [n for n in exported if n not in options]
+    of_a_run = {
+        alias.name
+        for node in tree.body
+        if isinstance(node, ast.ImportFrom) and node.module == "bigsae.config"
+        for alias in node.names
+    }
+    options = [name for name in exported if name.endswith("Config")]
+    # Those of a run first, and among them the one that holds all others.
+    options.sort(key=lambda name: (name not in of_a_run, name != "TrainConfig"))
+    others = [name for name in exported if name not in options]
     return {
         "reference/python.md": "# From Python\n\n"
         + "What `import bigsae` gives; the options of a run are on [a page of their own](options.md).\n\n"
         + "".join(f"::: bigsae.{name}\n\n" for name in others)
         + "::: bigsae.sae.base.SAE\n    options:\n      members: [forward, encode, decode, save]\n",
         "reference/options.md": "# Options\n\n"
-        + "Every option of `bigsae.train`, as in `--help`. `SAEConfig.k` is `--sae.k` on the command line, and `k` "
-        + "under `sae` in a `--config` file.\n\n"
+        + "Every option of `bigsae.train`, as in `--help`, and behind them those of other commands. `SAEConfig.k` is "
+        + "`--sae.k` on the command line, and `k` under `sae` in a `--config` file.\n\n"
         + "".join(f"::: bigsae.{name}\n\n" for name in options),
     }
