@@ -5,10 +5,13 @@ from __future__ import annotations
 import os
 import re
 import subprocess
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
+import tyro
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
 
@@ -74,6 +77,8 @@ def test_it_is_launched_as_it_says(recipe, tmp_path, monkeypatch):
             check(config, num_ranks)
             check_variants(config, variants(config))
             assert config.resume and config.output_dir.startswith("runs/")
+            if recipe.stem == "from_cache":
+                assert config.activations == "activations/gpt2"
         else:
             assert_caches(arguments)
     assert "bigsae.train" in modules
@@ -81,11 +86,9 @@ def test_it_is_launched_as_it_says(recipe, tmp_path, monkeypatch):
 
 def assert_caches(arguments: list[str]) -> None:
     """The flags are those of bigsae.cache_activations, for the folder that is trained from."""
-    import tyro
-    from bigsae.caching.options import CacheConfig
-
-    config = tyro.cli(CacheConfig, args=arguments)
-    assert config.output_dir == parse_train_config(["--config", "examples/from_cache.yaml"]).activations
+    options: Any = import_module("bigsae.caching.options")
+    config = tyro.cli(options.CacheConfig, args=arguments)
+    assert config.output_dir == "activations/gpt2"
 
 
 def test_the_page_lists_them():
