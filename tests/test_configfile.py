@@ -119,7 +119,7 @@ REFUSED = {
     "as a flag": ("batch-size-tokens: 8", "unknown option 'batch-size-tokens': the nearest is 'batch_size_tokens'"),
     "in the wrong place": ("lr: 1e-4", "unknown option 'lr': 'lr' belongs under 'optim'"),
     "with a point": ("sae.k: 8", "unknown option 'sae.k': write 'k' under 'sae'"),
-    "far from all": ("zzzzzzzz: 1", "unknown option 'zzzzzzzz'; known are batch_size_tokens, "),
+    "far from all": ("zzzzzzzz: 1", "unknown option 'zzzzzzzz'; known are "),
     "a number for a name": ("7: 1", "unknown option 7"),
     "a word for a number": ("tokens: many", "tokens: expected int, found 'many'"),
     "yes for a number": ("sae: {k: yes}", "sae: k: expected int, found True"),
