@@ -11,7 +11,8 @@ from typing import TypeVar
 
 import tyro
 
-from bigsae.config import TrainConfig, UserError, read_config
+from bigsae.config import TrainConfig, UserError
+from bigsae.configfile import read_flags
 
 Config = TypeVar("Config")
 
@@ -27,8 +28,9 @@ def parse_train_config(arguments: list[str]) -> TrainConfig:
             _flag, _, value = argument.partition("=")
             rest = arguments[:i] + arguments[i + (1 if value else 2) :]
             if not value and i + 1 == len(arguments):
-                raise UserError("--config needs a file: give the config.json of a run")
-            default, arguments = read_config(value or arguments[i + 1]), rest
+                raise UserError("--config needs a file: YAML, JSON, or the config.json of a run")
+            default = read_flags(TrainConfig, value or arguments[i + 1], tyro.MISSING)
+            arguments = rest
             break
     config = tyro.cli(
         TrainConfig,
@@ -36,7 +38,7 @@ def parse_train_config(arguments: list[str]) -> TrainConfig:
         args=arguments,
         default=default,
         description=(TrainConfig.__doc__ or "")
-        + " --config FILE reads the defaults of all flags from a run's config.json.",
+        + " --config FILE reads defaults of any flags from YAML or JSON, such as a run's config.json.",
         console_outputs=_rank() == 0,
     )
     assert isinstance(config, TrainConfig)

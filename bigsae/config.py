@@ -6,12 +6,8 @@ defaults that depend on other values.
 
 from __future__ import annotations
 
-import dataclasses
 import json
-import types
-import typing
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
 
@@ -324,69 +320,3 @@ def lm_kwargs(lm: LMConfig) -> dict[str, Any]:
             '--lm.kwargs must be a JSON object: write it like \'{"attn_implementation": "sdpa"}\''
         )
     return kwargs
-
-
-def to_dict(config: Any) -> dict[str, Any]:
-    """A configuration as plain JSON values."""
-    return json.loads(json.dumps(dataclasses.asdict(config)))
-
-
-def from_dict(cls: type, values: dict[str, Any], where: str) -> Any:
-    """The configuration dataclass `cls` from plain JSON values, e.g. those of a run's config.json.
-
-    Unknown names and values of the wrong type raise UserError, which names them under `where`.
-    """
-    if not isinstance(values, dict):
-        raise UserError(f"{where}: expected an object, found {type(values).__name__}")
-    hints = typing.get_type_hints(cls)
-    unknown = sorted(set(values) - set(hints))
-    if unknown:
-        raise UserError(f"{where}: unknown option {unknown[0]!r}; known are {', '.join(sorted(hints))}")
-    built = {}
-    for name, value in values.items():
-        hint = hints[name]
-        if dataclasses.is_dataclass(hint):
-            built[name] = from_dict(typing.cast(type, hint), value, f"{where}: {name}")
-        else:
-            built[name] = _typed(hint, value, f"{where}: {name}")
-    try:
-        return cls(**built)
-    except TypeError:
-        missing = [f.name for f in dataclasses.fields(cls) if f.name not in built and _required(f)]
-        raise UserError(f"{where}: option {missing[0]!r} is missing") from None
-
-
-def _required(f: dataclasses.Field) -> bool:
-    return f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
-
-
-def _typed(hint: Any, value: Any, where: str) -> Any:
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin is Literal:
-        if value in arguments:
-            return value
-        raise UserError(f"{where}: {value!r} is none of {', '.join(map(str, arguments))}")
-    if origin in (typing.Union, types.UnionType):
-        if value is None and type(None) in arguments:
-            return None
-        return _typed(next(a for a in arguments if a is not type(None)), value, where)
-    if origin is tuple:
-        if isinstance(value, (list, tuple)):
-            return tuple(_typed(arguments[0], item, where) for item in value)
-        raise UserError(f"{where}: expected a list, found {value!r}")
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
-        raise UserError(f"{where}: expected {hint.__name__}, found {value!r}")
-    return value
-
-
-def read_config(path: str | Path) -> TrainConfig:
-    """A run's configuration from its config.json. Raises UserError where it is absent or malformed."""
-    try:
-        values = json.loads(Path(path).read_text())
-    except OSError as error:
-        raise UserError(f"--config {path} cannot be read: {error.strerror}") from None
-    except ValueError as error:
-        raise UserError(f"--config {path} is not JSON: {error}") from None
-    return from_dict(TrainConfig, values, f"--config {path}")

@@ -30,7 +30,8 @@ import torch
 from torch import Tensor
 
 from bigsae.checks import resolve_prefixes, resolve_sae
-from bigsae.config import DataConfig, LMConfig, OptimConfig, SAEConfig, to_dict
+from bigsae.config import DataConfig, LMConfig, OptimConfig, SAEConfig
+from bigsae.configfile import to_dict
 from bigsae.seeds import derive_seed
 
 ARCHITECTURES = ("topk", "batchtopk", "matryoshka", "jumprelu", "gated", "standard")

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from bigsae.config import TrainConfig, UserError, read_config, to_dict
+from bigsae.config import TrainConfig, UserError
+from bigsae.configfile import read_config, to_dict
 from bigsae.hub.files import write_json
 from bigsae.training.checkpoint import checkpoints
 

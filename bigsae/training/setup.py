@@ -19,9 +19,9 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
-from bigsae import config as cfg
 from bigsae.checks import check, resolve_d_sae
 from bigsae.config import TrainConfig, UserError
+from bigsae.configfile import to_dict
 from bigsae.data import tokens
 from bigsae.data.buffer import ActivationBuffer
 from bigsae.data.harvest import Harvest
@@ -179,7 +179,7 @@ def _tracker(accelerator: Accelerator, config: TrainConfig) -> Callable[[dict[st
         return lambda values, step: None
     accelerator.init_trackers(
         wandb.project,
-        config=cfg.to_dict(config),
+        config=to_dict(config),
         init_kwargs={"wandb": {"name": wandb.name, "entity": wandb.entity, "dir": config.output_dir}},
     )
     return lambda values, step: accelerator.log(values, step=step)

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from bigsae.checks import check_optim, check_sae, check_together, resolve_d_sae
-from bigsae.config import OptimConfig, SAEConfig, TrainConfig, UserError, from_dict, to_dict
+from bigsae.config import OptimConfig, SAEConfig, TrainConfig, UserError
+from bigsae.configfile import from_dict, to_dict
 
 _EXAMPLE = "sae.k=16,32 optim.lr=1e-4,2e-4"
 # What all SAEs of a run share: hookpoints and targets are the run's, and activations come with one start of the SAEs.
