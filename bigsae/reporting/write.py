@@ -9,7 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from bigsae.config import DataConfig, LMConfig, TrainConfig, UserError, to_dict
+from bigsae.config import TrainConfig, UserError, to_dict
 from bigsae.hub.files import write_atomic
 from bigsae.hub.formats import read_sae
 from bigsae.reporting.costs import memory
@@ -71,26 +71,22 @@ def _opened_as(config: TrainConfig, options: ReportConfig) -> TrainConfig:
     Code of a model's repository runs only where this command, not the run's folder, allows it.
     """
     lm = replace(
-        LMConfig() if options.model else config.lm,
-        dtype=config.lm.dtype,
-        micro_batch_rows=config.lm.micro_batch_rows,
-        autocast=config.lm.autocast,
+        config.lm,
+        shard_size=None,
+        replicate_size=None,
         compile=False,
+        revision=None if options.model else config.lm.revision,
         trust_remote_code=options.trust_remote_code,
     )
-    data = config.data
+    data = replace(config.data, epochs=1)
     if options.dataset:
-        data = DataConfig(
-            text_column=data.text_column,
-            drop_first_position=data.drop_first_position,
-            drop_special_tokens=data.drop_special_tokens,
-        )
+        data = replace(data, name=None, revision=None)
     return replace(
         config,
         model=options.model or config.model,
         dataset=options.dataset or config.dataset,
         lm=lm,
-        data=replace(data, epochs=1),
+        data=data,
     )
 
 
@@ -123,7 +119,7 @@ def _about_run(run: RunFolder, opened: TrainConfig) -> dict[str, Any]:
         "tokens": max((row["tokens"] for sae in run.saes for row in sae.rows), default=0),
         "planned": config.num_steps * config.batch_size_tokens,
         "time": time_spent(run.saes[0]) if run.saes else None,
-        "memory": memory(run, opened),
+        "memory": memory(run, replace(opened, lm=replace(opened.lm, shard_size=config.lm.shard_size))),
         "options": [[name, value] for name, value in _flat(to_dict(config)) if name not in _NOT_SHOWN],
     }
 

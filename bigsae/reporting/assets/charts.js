@@ -1,6 +1,7 @@
 // Line charts and histograms, drawn as SVG in the width that they have and drawn anew when that changes.
 
-const MARGIN = {left: 46, right: 12, top: 10, bottom: 26};
+const MARGIN = {right: 12, top: 10, bottom: 26};
+const DIGIT_WIDTH = 6.6;
 
 function niceTicks(low, high, most) {
   const rough = (high - low) / Math.max(most, 1) || 1;
@@ -36,26 +37,27 @@ function chart(options) {
     if (!width) return;
     drawn = width;
     const height = options.height || 190;
+    const yTicks = options.yTicks || (options.log ? logTicks(...options.y) : niceTicks(...options.y, height / 45));
+    const left = 10 + DIGIT_WIDTH * Math.max(4, ...yTicks.map((tick) => options.yText(tick).length));
     const right = width - MARGIN.right;
     const bottom = height - MARGIN.bottom;
     const plot = {
-      width, height, right, bottom,
-      x: scale(options.x, [MARGIN.left, right]),
+      left, right, bottom,
+      x: scale(options.x, [left, right]),
       y: scale(options.y, [bottom, MARGIN.top], options.log),
       svg: svg('svg', {width, height, viewBox: `0 0 ${width} ${height}`, role: 'img', 'aria-label': options.label}),
     };
     const xTicks = options.xTicks || niceTicks(...options.x, width / 90);
-    const yTicks = options.yTicks || (options.log ? logTicks(...options.y) : niceTicks(...options.y, height / 45));
     yTicks.forEach((tick) => plot.svg.append(
-      svg('line', {class: 'grid', x1: MARGIN.left, x2: right, y1: plot.y(tick), y2: plot.y(tick)}),
-      svg('text', {class: 'tick', x: MARGIN.left - 7, y: plot.y(tick) + 4, 'text-anchor': 'end'}, options.yText(tick))));
+      svg('line', {class: 'grid', x1: plot.left, x2: right, y1: plot.y(tick), y2: plot.y(tick)}),
+      svg('text', {class: 'tick', x: plot.left - 7, y: plot.y(tick) + 4, 'text-anchor': 'end'}, options.yText(tick))));
     xTicks.forEach((tick) => {
       const x = plot.x(tick);
       const anchor = x > right - 16 ? 'end' : 'middle';
       plot.svg.append(svg('text', {class: 'tick', x: anchor === 'end' ? right + 6 : x, y: bottom + 18,
         'text-anchor': anchor}, options.xText(tick)));
     });
-    plot.svg.append(svg('line', {class: 'axis', x1: MARGIN.left, x2: right, y1: bottom, y2: bottom}));
+    plot.svg.append(svg('line', {class: 'axis', x1: plot.left, x2: right, y1: bottom, y2: bottom}));
     options.draw(plot);
     box.replaceChildren(plot.svg);
   };
@@ -158,7 +160,7 @@ function overBins(plot, series, lo, hi, xText) {
   plot.svg.addEventListener('pointermove', (event) => {
     const at = event.clientX - plot.svg.getBoundingClientRect().left;
     const bins = series[0].share.length;
-    const bin = Math.floor(((at - MARGIN.left) / (plot.right - MARGIN.left)) * bins);
+    const bin = Math.floor(((at - plot.left) / (plot.right - plot.left)) * bins);
     if (bin < 0 || bin >= bins) return tooltip.hide();
     const edge = (i) => xText(lo + ((hi - lo) * i) / bins);
     tooltip.show(event.clientX, event.clientY, h('div', {class: 'tip-head'}, `${edge(bin)} to ${edge(bin + 1)}`),
@@ -185,7 +187,7 @@ function activationHistogram(counts, most) {
       plot.svg.addEventListener('pointerleave', () => tooltip.hide());
       plot.svg.addEventListener('pointermove', (event) => {
         const at = event.clientX - plot.svg.getBoundingClientRect().left;
-        const i = Math.floor(((at - MARGIN.left) / (plot.right - MARGIN.left)) * counts.length);
+        const i = Math.floor(((at - plot.left) / (plot.right - plot.left)) * counts.length);
         if (i < 0 || i >= counts.length) return tooltip.hide();
         const [a, b] = [i, i + 1].map((edge) => number((most * edge) / counts.length));
         tooltip.show(event.clientX, event.clientY, h('div', {class: 'tip-head'}, `${a} to ${b}`),

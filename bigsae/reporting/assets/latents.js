@@ -27,10 +27,10 @@ function match(latent, query, texts) {
 }
 
 const ORDERS = {
-  number: ['number', (a, b) => a.i - b.i],
+  number: ['by number', (a, b) => a.i - b.i],
   max: ['strongest', (a, b) => (b.max || 0) - (a.max || 0)],
-  dense: ['most frequent', (a, b) => (b.density || 0) - (a.density || 0)],
-  rare: ['least frequent', (a, b) => (a.density || 0) - (b.density || 0)],
+  dense: ['frequent', (a, b) => (b.density || 0) - (a.density || 0)],
+  rare: ['rare', (a, b) => (a.density || 0) - (b.density || 0)],
 };
 
 function latentBrowser(content) {
@@ -48,11 +48,11 @@ function latentBrowser(content) {
     saes.map((sae, i) => h('option', {value: i}, sae.label)));
   const status = h('p', {class: 'found', role: 'status'});
   const list = h('ul', {id: 'latent-list', 'aria-label': 'Latents'});
-  const detail = h('article', {id: 'latent', 'aria-live': 'polite', tabindex: -1});
+  const detail = h('article', {id: 'latent', 'aria-label': 'The chosen latent', tabindex: -1});
+  const source = h('p', {class: 'note'});
 
-  const choose = (latent, focus) => {
+  const show = (latent, focus) => {
     state.latent = latent;
-    history.replaceState(null, '', latent ? `#${encodeURIComponent(state.sae.label)}/${latent.i}` : '#latents');
     list.querySelectorAll('button').forEach((button) => {
       const on = latent && Number(button.dataset.latent) === latent.i;
       button.setAttribute('aria-current', on ? 'true' : 'false');
@@ -69,6 +69,11 @@ function latentBrowser(content) {
       }
     });
     detail.replaceChildren(...(latent ? describeLatent(latent, state.sae, content, go) : []));
+  };
+  const choose = (latent, focus) => {
+    show(latent, focus);
+    // A page within another, as notebooks hold it, has no address.
+    if (location.protocol !== 'about:') history.replaceState(null, '', `#${encodeURIComponent(state.sae.label)}/${latent.i}`);
   };
   const go = (number) => {
     const latent = state.sae.latents.find((one) => one.i === number);
@@ -91,21 +96,19 @@ function latentBrowser(content) {
     const total = state.sae.latents.length;
     status.replaceChildren(query ? `${hits.length} of ${total} shown latents` : `${total} of ${count(state.sae.d_sae)} latents`,
       query && !hits.length && /^#?\d+$/.test(query) ? ': this one is not in the report, --latents adds it' : '');
-    choose(state.found.includes(state.latent) && !query ? state.latent : state.found[0] || null);
+    source.replaceChildren(...sourceNote(state.sae, content));
+    show(state.found.includes(state.latent) && !query ? state.latent : state.found[0] || null);
   };
-  const keys = (event) => {
-    const by = {ArrowDown: 1, ArrowUp: -1, ArrowRight: 1, ArrowLeft: -1}[event.key];
-    const inList = event.currentTarget === list;
-    if (!by || (!inList && event.key.length > 9)) return;
+  const arrows = (event) => {
+    const by = {ArrowDown: 1, ArrowUp: -1}[event.key];
+    if (!by) return;
     event.preventDefault();
-    step(by, inList);
+    step(by, event.currentTarget === list);
   };
   search.addEventListener('input', refresh);
-  search.addEventListener('keydown', (event) => {
-    if (event.key === 'ArrowDown' || event.key === 'ArrowUp') { event.preventDefault(); step(event.key === 'ArrowDown' ? 1 : -1); }
-    if (event.key === 'Enter') { event.preventDefault(); detail.focus(); }
-  });
-  list.addEventListener('keydown', keys);
+  search.addEventListener('keydown', arrows);
+  search.addEventListener('keydown', (event) => { if (event.key === 'Enter') detail.focus(); });
+  list.addEventListener('keydown', arrows);
   order.addEventListener('change', refresh);
   choice.addEventListener('change', () => { state.sae = saes[Number(choice.value)]; state.latent = null; refresh(); });
   document.addEventListener('keydown', (event) => {
@@ -120,23 +123,25 @@ function latentBrowser(content) {
       state.latent = state.sae.latents.find((one) => one.i === Number(wanted[2])) || null;
     }
   }
+  // At first one that has something to show.
+  const most = Math.max(...state.sae.latents.map((latent) => (latent.top || []).length));
+  state.latent ||= state.sae.latents.find((latent) => (latent.top || []).length === most);
   refresh();
-  return h('section', {id: 'latents'}, h('h2', {}, 'Latents'), saes.length > 1 ? choice : null, sourceNote(saes[0], content),
+  return h('section', {id: 'latents'}, h('h2', {}, 'Latents'), saes.length > 1 ? choice : null, source,
     h('div', {class: 'browser'}, h('div', {class: 'finder'}, h('div', {class: 'finder-row'}, search, order), status, list), detail));
 }
 
 function sourceNote(sae, content) {
-  if (!content.contexts) return h('p', {class: 'note'}, 'Made with --no-contexts: no texts, no logit lens.');
+  if (!content.contexts) return ['Made with --no-contexts: no texts, no logit lens. Press / to search.'];
   const {rows, tokens, dataset} = sae.about;
-  return h('p', {class: 'note'}, `Texts: ${count(rows)} rows (${count(tokens)} tokens that training would use) of `, dataset,
-    '. Press / to search.');
+  return [`Texts: ${count(rows)} rows (${count(tokens)} tokens that training would use) of ${dataset}. Press / to search.`];
 }
 
 function listItem(latent, hit, content, choose) {
   const strongest = latent.top && latent.top.length ? latent.top[0] : null;
   const preview = strongest ? visible(content.texts[strongest.t[strongest.p]]) : latent.top ? 'silent here' : '';
   return h('li', {}, h('button', {type: 'button', 'data-latent': latent.i, onclick: choose},
-    h('span', {class: 'item-number'}, latent.i), h('span', {class: 'item-text', dir: 'auto'}, preview),
+    h('span', {class: 'item-number'}, latent.i), h('span', {class: `item-text${strongest ? '' : ' silent'}`, dir: 'auto'}, preview),
     h('span', {class: 'item-side'}, hit.why && hit.why !== 'number' ? hit.why : latent.density === undefined ? '' : percent(latent.density))));
 }
 
@@ -169,7 +174,7 @@ function lens(latent, sae, content) {
   const column = (title, part, sign) => h('div', {}, h('h4', {}, title), h('ol', {class: `promoted ${sign}`}, part.map(([place, logit]) =>
     h('li', {}, h('span', {class: 'token', dir: 'auto'}, visible(content.texts[place])),
       h('span', {class: 'logit-bar'}, h('i', {style: {width: `${(100 * Math.abs(logit)) / (most || 1)}%`}})),
-      h('span', {class: 'logit'}, logit.toFixed(2))))));
+      h('span', {class: 'logit'}, number(logit))))));
   return h('div', {}, h('div', {class: 'lens'}, column('Promotes', latent.promotes, 'more'), column('Suppresses', latent.suppresses, 'less')),
     h('p', {class: 'note'}, `Logit lens: ${sae.about.lens} of its decoder row.`));
 }

@@ -134,17 +134,17 @@ function distributions(content, hidden) {
     return series.length ? card(title, note, histogram({title, series, ...options}).element) : null;
   };
   const never = saes.filter((sae) => sae.pictures.density).map((sae) =>
-    `${percent(sae.pictures.never)} never${saes.length > 1 ? ` (${sae.label})` : ''}`);
+    `${percent(sae.pictures.never)} of all never did${saes.length > 1 ? ` (${sae.label})` : ''}`);
   const exponent = (value) => (Number.isInteger(value) ? `1e${value}` : number(10 ** value, 2));
   const pictures = [
-    picture('density', 'Firing density', `Share of tokens on which a latent fires. Of all latents ${never.join(', ')}.`,
+    picture('density', 'Firing density', `Share of tokens on which a latent fires. ${never.join(', ')}.`,
       {xText: exponent, xTicks: [-7, -6, -5, -4, -3, -2, -1, 0]}),
     picture('norm', 'Decoder norms', 'Of the decoder row of each latent.'),
     picture('nearest', 'Nearest latent', 'Cosine of each decoder row with the one most like it.'),
     picture('encoder', 'Encoder and decoder', 'Cosine of each latent’s two rows.'),
   ].filter(Boolean);
   return h('section', {id: 'distributions'}, h('h2', {}, 'Latents as a whole'), legend(saes), pictures.length
-    ? h('div', {class: 'grid-of-cards'}, pictures)
+    ? h('div', {class: 'grid-of-cards four'}, pictures)
     : h('p', {class: 'empty'}, 'No weights yet: training writes them at its end.'));
 }
 
