@@ -2,6 +2,7 @@
 
 const MARGIN = {right: 12, top: 10, bottom: 26};
 const DIGIT_WIDTH = 6.6;
+const LEAST_BETWEEN_TICKS = 42;
 
 function niceTicks(low, high, most) {
   const rough = (high - low) / Math.max(most, 1) || 1;
@@ -19,7 +20,8 @@ function logTicks(low, high) {
   for (let power = Math.floor(Math.log10(low)); power <= Math.log10(high); power++) {
     multiples.forEach((m) => ticks.push(m * 10 ** power));
   }
-  return ticks.filter((tick) => tick >= low * 0.999 && tick <= high * 1.001);
+  const inside = ticks.filter((tick) => tick >= low * 0.999 && tick <= high * 1.001);
+  return inside.length > 2 ? inside : niceTicks(low, high, 4);
 }
 
 function scale(domain, range, log) {
@@ -51,7 +53,8 @@ function chart(options) {
     yTicks.forEach((tick) => plot.svg.append(
       svg('line', {class: 'grid', x1: plot.left, x2: right, y1: plot.y(tick), y2: plot.y(tick)}),
       svg('text', {class: 'tick', x: plot.left - 7, y: plot.y(tick) + 4, 'text-anchor': 'end'}, options.yText(tick))));
-    xTicks.forEach((tick) => {
+    const every = Math.ceil((xTicks.length * LEAST_BETWEEN_TICKS) / (right - left));
+    xTicks.filter((_, i) => (xTicks.length - 1 - i) % every === 0).forEach((tick) => {
       const x = plot.x(tick);
       const anchor = x > right - 16 ? 'end' : 'middle';
       plot.svg.append(svg('text', {class: 'tick', x: anchor === 'end' ? right + 6 : x, y: bottom + 18,
@@ -74,6 +77,7 @@ function extent(values, log) {
     high = Math.max(high, value);
   }
   if (low > high) return log ? [0.1, 1] : [0, 1];
+  if (low === 0 && high === 0) return [0, 0.05];
   if (low === high) return log ? [low / 2, high * 2] : [low - Math.abs(low || 1) * 0.1, high + Math.abs(high || 1) * 0.1];
   const room = 0.05 * (high - low);
   return log ? [low / 1.1, high * 1.1] : [low >= 0 && low < 0.3 * high ? 0 : low - room, high + room];

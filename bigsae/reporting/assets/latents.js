@@ -1,6 +1,9 @@
 // The latent browser: a list that is searched, and what is known of the chosen latent.
 
-const visible = (text) => text.replaceAll('\n', '↵').replaceAll('\t', '⇥').replaceAll('\r', '␍');
+const marks = (text) => text.replaceAll('\n', '↵').replaceAll('\t', '⇥').replaceAll('\r', '␍');
+
+// Where only the one token is shown, a token of spaces would be nothing.
+const visible = (text) => marks(text.trim() ? text : text.replaceAll(' ', '␣'));
 
 // What a search looks through, and how much a hit there says.
 function searchable(latent, texts) {
@@ -27,7 +30,7 @@ function match(latent, query, texts) {
 }
 
 const ORDERS = {
-  number: ['by number', (a, b) => a.i - b.i],
+  number: ['number', (a, b) => a.i - b.i],
   max: ['strongest', (a, b) => (b.max || 0) - (a.max || 0)],
   dense: ['frequent', (a, b) => (b.density || 0) - (a.density || 0)],
   rare: ['rare', (a, b) => (a.density || 0) - (b.density || 0)],
@@ -184,7 +187,7 @@ function contextItem(context, most, texts) {
   const tokens = context.t.map((place, i) => {
     const strength = most ? context.a[i] / most : 0;
     return h('span', {class: `tok${i === context.p ? ' peak' : ''}`, 'data-value': context.a[i],
-      style: strength > 0 ? {'--strength': (0.12 + 0.88 * strength).toFixed(3)} : null}, visible(texts[place]));
+      style: strength > 0 ? {'--strength': (0.12 + 0.88 * strength).toFixed(3)} : null}, marks(texts[place]));
   });
   const text = h('p', {dir: 'auto'}, tokens);
   const say = (event) => {

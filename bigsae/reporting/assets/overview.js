@@ -133,11 +133,11 @@ function distributions(content, hidden) {
     const series = saes.filter((sae) => sae.pictures[name]).map((sae) => ({index: sae.index, label: sae.label, ...sae.pictures[name]}));
     return series.length ? card(title, note, histogram({title, series, ...options}).element) : null;
   };
-  const never = saes.filter((sae) => sae.pictures.density).map((sae) =>
-    `${percent(sae.pictures.never)} of all never did${saes.length > 1 ? ` (${sae.label})` : ''}`);
+  const never = saes.filter((sae) => sae.pictures.density).map((sae) => sae.pictures.never);
+  const [least, most] = [Math.min(...never), Math.max(...never)].map(percent);
   const exponent = (value) => (Number.isInteger(value) ? `1e${value}` : number(10 ** value, 2));
   const pictures = [
-    picture('density', 'Firing density', `Share of tokens on which a latent fires. ${never.join(', ')}.`,
+    picture('density', 'Firing density', `Share of tokens on which a latent fires. ${least === most ? least : `${least} to ${most}`} of all never did.`,
       {xText: exponent, xTicks: [-7, -6, -5, -4, -3, -2, -1, 0]}),
     picture('norm', 'Decoder norms', 'Of the decoder row of each latent.'),
     picture('nearest', 'Nearest latent', 'Cosine of each decoder row with the one most like it.'),
