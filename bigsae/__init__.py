@@ -21,11 +21,19 @@ from bigsae.config import (
 
 if TYPE_CHECKING:
     from bigsae.hub.load import load_sae
+    from bigsae.reporting.options import ReportConfig
+    from bigsae.reporting.write import write_report
     from bigsae.training.fit import fit
     from bigsae.training.run import train_saes
 
 # Imported at first use, so that `import bigsae` loads neither nnsight nor transformers.
-_LAZY = {"fit": "bigsae.training.fit", "train_saes": "bigsae.training.run", "load_sae": "bigsae.hub.load"}
+_LAZY = {
+    "ReportConfig": "bigsae.reporting.options",
+    "fit": "bigsae.training.fit",
+    "load_sae": "bigsae.hub.load",
+    "train_saes": "bigsae.training.run",
+    "write_report": "bigsae.reporting.write",
+}
 
 __all__ = [
     "BufferConfig",
@@ -35,6 +43,7 @@ __all__ = [
     "LMConfig",
     "MeshConfig",
     "OptimConfig",
+    "ReportConfig",
     "SAEConfig",
     "TrainConfig",
     "UserError",
@@ -42,6 +51,7 @@ __all__ = [
     "fit",
     "load_sae",
     "train_saes",
+    "write_report",
 ]
 
 

@@ -1,0 +1,124 @@
+"""Runs as they lie on disk, finished or not."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bigsae.config import TrainConfig, UserError, read_config
+from bigsae.training.checkpoint import checkpoints, read_state
+
+_SAE_FILES = ("cfg.json", "ae.pt")
+
+
+@dataclass(frozen=True)
+class SAEFolder:
+    """One SAE of a run."""
+
+    name: str
+    """Its folder in the run's: the hookpoint, in a sweep hookpoint/variant."""
+    hookpoint: str
+    """What it reads."""
+    folder: Path
+    rows: tuple[dict[str, Any], ...]
+    """Its rows of metrics.jsonl."""
+
+    @property
+    def is_written(self) -> bool:
+        """Whether its weights are there; training writes them at its end."""
+        return any((self.folder / name).exists() for name in _SAE_FILES)
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """What is known of a run."""
+
+    label: str
+    """Unlike that of every other run of the report."""
+    folder: Path
+    config: TrainConfig
+    status: dict[str, Any]
+    """status.json: status, reason, step, tokens; empty where there is none."""
+    saes: tuple[SAEFolder, ...]
+    num_ranks: int | None
+    """Ranks that wrote the newest checkpoint; None without one."""
+    num_latent: int
+    """Ranks that hold one SAE between them."""
+
+
+def read_runs(folders: Sequence[str]) -> list[RunFolder]:
+    """The runs in `folders`, in that order. Raises UserError for a folder that holds none."""
+    paths = [Path(folder) for folder in folders]
+    for path, folder in zip(paths, folders, strict=True):
+        if [p.resolve() for p in paths].count(path.resolve()) > 1:
+            raise UserError(f"report {folder}: named twice, leave one out")
+        if not (path / "config.json").is_file():
+            raise UserError(f"report {folder}: no config.json there: name a folder that training wrote")
+    return [_read_run(path, label) for path, label in zip(paths, _labels(paths), strict=True)]
+
+
+def _labels(paths: Sequence[Path]) -> list[str]:
+    """The shortest ends of the paths that tell all of them apart."""
+    parts = [path.resolve().parts for path in paths]
+    for length in range(1, max(map(len, parts)) + 1):
+        labels = ["/".join(part[-length:]) for part in parts]
+        if len(set(labels)) == len(labels):
+            return labels
+    raise AssertionError("distinct paths have distinct ends")
+
+
+def _read_run(path: Path, label: str) -> RunFolder:
+    config = read_config(path / "config.json")
+    rows = read_rows(path / "metrics.jsonl")
+    names = dict.fromkeys(
+        f"{row['hookpoint']}/{row['variant']}" if row.get("variant") else row["hookpoint"] for row in rows
+    )
+    names |= dict.fromkeys(_written(path))
+    whole = checkpoints(path / "checkpoints")
+    saved = read_state(whole[-1]) if whole else None
+    return RunFolder(
+        label=label,
+        folder=path,
+        config=config,
+        status=_read_status(path / "status.json"),
+        saes=tuple(_sae(path, name, rows, bool(config.sweep)) for name in names),
+        num_ranks=saved.num_ranks if saved else None,
+        num_latent=saved.state["num_latent"] if saved else config.mesh.latent or 1,
+    )
+
+
+def _written(path: Path) -> list[str]:
+    """Names of the SAEs whose weights are there."""
+    folders = {file.parent.relative_to(path) for name in _SAE_FILES for file in path.rglob(name)}
+    return sorted(str(folder) for folder in folders if folder.parts and folder.parts[0] != "checkpoints")
+
+
+def _sae(path: Path, name: str, rows: Sequence[dict[str, Any]], is_sweep: bool) -> SAEFolder:
+    hookpoint, _, variant = name.rpartition("/") if is_sweep else (name, "", "")
+    own = [row for row in rows if row["hookpoint"] == hookpoint and row.get("variant", "") == variant]
+    return SAEFolder(name, hookpoint, path / name, tuple(own))
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a metrics.jsonl, which a run may be writing: its last line may be torn. [] where there is none."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            if number < len(lines):
+                raise UserError(f"{path}: line {number} is not JSON") from None
+    return rows
+
+
+def _read_status(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        return {}
+    except ValueError:
+        raise UserError(f"{path} is not JSON") from None
