@@ -20,18 +20,29 @@ from bigsae.config import (
 )
 
 if TYPE_CHECKING:
+    from bigsae.evaluation.options import EvaluateConfig
+    from bigsae.evaluation.run import evaluate_saes
+    from bigsae.evaluation.splicing import splice
     from bigsae.hub.load import load_sae
     from bigsae.training.fit import fit
     from bigsae.training.run import train_saes
 
 # Imported at first use, so that `import bigsae` loads neither nnsight nor transformers.
-_LAZY = {"fit": "bigsae.training.fit", "train_saes": "bigsae.training.run", "load_sae": "bigsae.hub.load"}
+_LAZY = {
+    "EvaluateConfig": "bigsae.evaluation.options",
+    "evaluate_saes": "bigsae.evaluation.run",
+    "fit": "bigsae.training.fit",
+    "load_sae": "bigsae.hub.load",
+    "splice": "bigsae.evaluation.splicing",
+    "train_saes": "bigsae.training.run",
+}
 
 __all__ = [
     "BufferConfig",
     "CheckpointConfig",
     "DataConfig",
     "EvalConfig",
+    "EvaluateConfig",
     "LMConfig",
     "MeshConfig",
     "OptimConfig",
@@ -39,8 +50,10 @@ __all__ = [
     "TrainConfig",
     "UserError",
     "WandbConfig",
+    "evaluate_saes",
     "fit",
     "load_sae",
+    "splice",
     "train_saes",
 ]
 

@@ -17,8 +17,9 @@ FLOORS = (
     ("checks", "kernels", "parallel"),
     ("sae", "lm"),
     ("data", "hub"),
+    ("evaluation",),
     ("training", "planning"),
-    ("commands", "train", "plan"),
+    ("commands", "train", "plan", "evaluate"),
 )
 FLOOR = {room: i for i, rooms in enumerate(FLOORS) for room in rooms}
 # sae.save() writes the run folder's own format, which is hub's to write; opened when called, not when loaded.
