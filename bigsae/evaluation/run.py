@@ -199,10 +199,11 @@ def _track(accelerator: Accelerator, config: EvaluateConfig, results: dict[str, 
     wandb: WandbConfig = config.wandb
     if wandb.project is None:
         return
+    folder = Path(config.output).parent if config.output is not None else Path()
     accelerator.init_trackers(
         wandb.project,
         config=to_dict(config),
-        init_kwargs={"wandb": {"name": wandb.name, "entity": wandb.entity}},
+        init_kwargs={"wandb": {"name": wandb.name, "entity": wandb.entity, "dir": str(folder)}},
     )
     parts = results["saes"] | ({"joint": results["joint"]} if results.get("joint") else {})
     numbers = {
