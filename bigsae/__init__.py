@@ -20,6 +20,9 @@ from bigsae.config import (
 )
 
 if TYPE_CHECKING:
+    from bigsae.evaluation.options import EvaluateConfig
+    from bigsae.evaluation.run import evaluate_saes
+    from bigsae.evaluation.splicing import splice
     from bigsae.hub.load import load_sae
     from bigsae.reporting.options import ReportConfig
     from bigsae.reporting.write import write_report
@@ -28,9 +31,12 @@ if TYPE_CHECKING:
 
 # Imported at first use, so that `import bigsae` loads neither nnsight nor transformers.
 _LAZY = {
+    "EvaluateConfig": "bigsae.evaluation.options",
     "ReportConfig": "bigsae.reporting.options",
+    "evaluate_saes": "bigsae.evaluation.run",
     "fit": "bigsae.training.fit",
     "load_sae": "bigsae.hub.load",
+    "splice": "bigsae.evaluation.splicing",
     "train_saes": "bigsae.training.run",
     "write_report": "bigsae.reporting.write",
 }
@@ -40,6 +46,7 @@ __all__ = [
     "CheckpointConfig",
     "DataConfig",
     "EvalConfig",
+    "EvaluateConfig",
     "LMConfig",
     "MeshConfig",
     "OptimConfig",
@@ -48,8 +55,10 @@ __all__ = [
     "TrainConfig",
     "UserError",
     "WandbConfig",
+    "evaluate_saes",
     "fit",
     "load_sae",
+    "splice",
     "train_saes",
     "write_report",
 ]

@@ -276,7 +276,7 @@ def check(config: TrainConfig, num_ranks: int) -> None:
         )
     if config.eval != EvalConfig() and not config.data.heldout_documents:
         raise UserError(
-            "--eval.every and --eval.rows need documents to measure on: set --data.heldout-documents"
+            "--eval.every, --eval.rows and --eval.ce need documents to measure on: set --data.heldout-documents"
         )
     if config.wandb.project is None and (config.wandb.name or config.wandb.entity):
         raise UserError("--wandb.name and --wandb.entity do nothing without --wandb.project: set it")

@@ -246,6 +246,9 @@ class EvalConfig:
     """Steps between measurements; 0 measures at the end of the run alone."""
     rows: int = 64
     """Most token rows that are measured, over all ranks: the beginnings of the held-out documents, in turn."""
+    ce: bool = False
+    """Also measure cross-entropy and KL divergence with the reconstructions spliced in, each SAE alone. Loads the whole
+    language model."""
 
 
 @dataclass(frozen=True)

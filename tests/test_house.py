@@ -17,9 +17,10 @@ FLOORS = (
     ("checks", "configfile", "kernels", "parallel"),
     ("sae", "lm"),
     ("data", "hub"),
+    ("evaluation",),
     ("training", "planning"),
     ("reporting",),
-    ("commands", "train", "plan", "report"),
+    ("commands", "train", "plan", "evaluate", "report"),
 )
 FLOOR = {room: i for i, rooms in enumerate(FLOORS) for room in rooms}
 # sae.save() writes the run folder's own format, which is hub's to write; opened when called, not when loaded.

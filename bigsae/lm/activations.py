@@ -6,7 +6,10 @@ at the last one. nnsight wants the hookpoints in the order of execution (else Ou
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import functools
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -16,7 +19,7 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
 from bigsae.lm.compiling import compiled_overlap
-from bigsae.lm.hookpoints import Site, activation_of, with_activation
+from bigsae.lm.hookpoints import Hookpoint, Site, activation_of, with_activation
 from bigsae.lm.loading import num_dropped_layers, runs_under_autocast
 
 
@@ -86,12 +89,7 @@ class Extractor:
         try:
             with self._precision(), self._trace(input_ids=ids, fn=self.model) as tracer:
                 for site, envoy, function in replaced:
-                    if site.hookpoint.side == "output":
-                        value = envoy.output
-                        envoy.output = with_activation(value, _apply(site, function, activation_of(value)))
-                    else:
-                        value = envoy.input
-                        envoy.input = with_activation(value, _apply(site, function, activation_of(value)))
+                    _replace(envoy, site.hookpoint, function)
                 results.append(tracer.result)
         finally:
             self._reset()
@@ -111,6 +109,45 @@ class Extractor:
             self.model.reset_iter_state()
 
 
+@contextmanager
+def replacing(
+    model: PreTrainedModel,
+    functions: Sequence[tuple[Hookpoint, Callable[[Tensor], Tensor]]],
+    on_call: Callable[[Mapping[str, Any]], None],
+) -> Iterator[None]:
+    """A block within which each call of `model` runs with activations replaced by functions of them.
+
+    `functions` come in the order in which a forward meets their hookpoints; each maps `[rows, ctx, d_in]` to the same
+    shape, and the outcome is cast to the activation's dtype. `model.generate` calls the model once for each new token.
+    Before each call `on_call` gets its arguments, by name. Blocks may be nested. Gradients pass through.
+    """
+    plain = model.forward
+    signature = inspect.signature(plain)
+    envoys = _wrap(model, {hookpoint.path for hookpoint, _ in functions})
+    trace = envoys[functions[0][0].path].trace
+
+    @functools.wraps(plain)  # generate looks at the signature
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        on_call(signature.bind(*args, **kwargs).arguments)
+        results: list[Any] = []
+        # nnsight is given a stand-in: it would move and batch the arguments, a cache among them.
+        with trace(torch.empty(1), fn=lambda _: plain(*args, **kwargs)) as tracer:
+            for hookpoint, function in functions:
+                _replace(envoys[hookpoint.path], hookpoint, function)
+            results.append(tracer.result)
+        return results[0]
+
+    own = vars(model).get("forward")
+    model.forward = forward
+    try:
+        yield
+    finally:
+        if own is None:
+            del model.forward
+        else:
+            model.forward = own
+
+
 def _wrap(model: nn.Module, paths: Iterable[str]) -> dict[str, Any]:
     """nnsight's envoys of the modules at `paths`, all of one interleaver.
 
@@ -127,11 +164,21 @@ def _wrap(model: nn.Module, paths: Iterable[str]) -> dict[str, Any]:
     return envoys
 
 
-def _apply(site: Site, function: Callable[[Tensor], Tensor], activation: Tensor) -> Tensor:
+def _replace(envoy: Any, hookpoint: Hookpoint, function: Callable[[Tensor], Tensor]) -> None:
+    """Within a trace: replace the activation by a function of it."""
+    if hookpoint.side == "output":
+        value = envoy.output
+        envoy.output = with_activation(value, _apply(hookpoint, function, activation_of(value)))
+    else:
+        value = envoy.input
+        envoy.input = with_activation(value, _apply(hookpoint, function, activation_of(value)))
+
+
+def _apply(hookpoint: Hookpoint, function: Callable[[Tensor], Tensor], activation: Tensor) -> Tensor:
     with torch.autocast(activation.device.type, enabled=False):  # that is for the model alone
         spliced = function(activation)
     if spliced.shape != activation.shape:
         raise ValueError(
-            f"the function for {site.name} gave {tuple(spliced.shape)}, not {tuple(activation.shape)}"
+            f"the function for {hookpoint.name} gave {tuple(spliced.shape)}, not {tuple(activation.shape)}"
         )
     return spliced.to(activation.dtype)

@@ -125,7 +125,8 @@ def bytes_of(config: PlanConfig, facts: LMFacts, saes: Sequence[SAEShape], mesh:
     return Bytes(
         lm=facts.local_bytes(config.lm, mesh.shard_size),
         lm_unsharded=facts.unsharded_bytes(config.lm, mesh.shard_size, ahead=on_gpu),
-        lm_activations=facts.activation_bytes(config.lm, micro_batch),
+        lm_activations=facts.activation_bytes(config.lm, micro_batch)
+        + facts.logits_bytes(config.lm, config.lm.micro_batch_rows, config.ctx_len),
         buffer=_buffer(config, facts),
         buffer_on_host=on_gpu and config.buffer.device == "cpu",
         saes=tuple(

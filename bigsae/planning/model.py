@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -58,6 +58,8 @@ class LMFacts:
     """d_in of each hookpoint that is read, in the order of the forward."""
     targets: tuple[tuple[str, str], ...]
     """For each SAE what it reads and what it predicts."""
+    logits_width: int
+    """Logits of a token; 0 where none are computed."""
 
     def local_bytes(self, lm: LMConfig, shard_size: int) -> int:
         """Of this rank's shard."""
@@ -68,7 +70,8 @@ class LMFacts:
         """The most that is whole at a time under FSDP; `ahead`: a unit is gathered while the one before it is used."""
         if shard_size == 1:
             return 0
-        sizes = [unit.num_elements() for unit in self.units[: self.num_layers + 1]]
+        used = self.units if self.logits_width else self.units[: self.num_layers + 1]
+        sizes = [unit.num_elements() for unit in used]
         pairs = [a + b for a, b in itertools.pairwise(sizes)]
         most = max(pairs, default=0) if ahead else 0
         return (self.root.num_elements() + max(most, *sizes)) * DTYPE_BYTES[lm.dtype]
@@ -93,6 +96,10 @@ class LMFacts:
         residual = 3 * max(self.widths.values())
         return int(num_tokens * (self.widest_layer + residual + kept) * DTYPE_BYTES[lm.dtype])
 
+    def logits_bytes(self, lm: LMConfig, rows: int, ctx_len: int) -> int:
+        """Of a forward of the whole model: the clean model's logits and these, and float32 copies of one row."""
+        return self.logits_width * ctx_len * (2 * rows * DTYPE_BYTES[lm.dtype] + 5 * DTYPE_BYTES["float32"])
+
     def flops(self, ctx_len: int) -> float:
         """Of a token's way to the last hookpoint; attention as causal."""
         return 2 * self.matmul_weights + 2 * ctx_len * self.attention_width
@@ -113,7 +120,10 @@ def lm_facts(config: PlanConfig) -> LMFacts:
     num_needed = max(1, 1 + max(site.layer for site in sites))
     # The one place that knows whether layers can be left out.
     kept = loading._cut(meta, config.lm, num_needed).get_text_config().num_hidden_layers
-    return _facts(meta, kept, num_needed, widths, tuple((a.name, b.name) for a, b in targets))
+    if config.eval.ce:
+        kept = meta.config.get_text_config().num_hidden_layers
+    facts = _facts(meta, kept, num_needed, widths, tuple((a.name, b.name) for a, b in targets))
+    return replace(facts, logits_width=loading.vocab_size(meta.config)) if config.eval.ce else facts
 
 
 def _targets(config: PlanConfig, meta: Any) -> list[tuple[Hookpoint, Hookpoint]]:
@@ -160,6 +170,7 @@ def _facts(
         attention_width=_attention_width(text) * num_used,
         widths=widths,
         targets=targets,
+        logits_width=0,
     )
 
 

@@ -9,6 +9,7 @@ from bigsae.config import (
     BufferConfig,
     CheckpointConfig,
     DataConfig,
+    EvalConfig,
     LMConfig,
     MeshConfig,
     OptimConfig,
@@ -48,6 +49,7 @@ class PlanConfig:
     buffer: BufferConfig = field(default_factory=BufferConfig)
     sae: SAEConfig = field(default_factory=SAEConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
 
     @property
     def local_gpus(self) -> int:
@@ -66,9 +68,14 @@ class PlanConfig:
             ctx_len=self.ctx_len,
             mesh=self.mesh,
             lm=self.lm,
-            data=DataConfig(num_shards=max(DataConfig.num_shards, self.gpus)),
+            # Where there is something to measure on it is held out of a dataset that is not known yet.
+            data=DataConfig(
+                num_shards=max(DataConfig.num_shards, self.gpus),
+                heldout_documents=int(self.eval != EvalConfig()),
+            ),
             buffer=self.buffer,
             sae=self.sae,
             optim=self.optim,
             checkpoint=CheckpointConfig(),
+            eval=self.eval,
         )

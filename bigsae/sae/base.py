@@ -189,9 +189,29 @@ class SAE(nn.Module, ABC):
         """Reconstruction from dense latents: `[..., d_sae]` to `[..., d_out]`.
 
         Under layer_norm in units of the normalised token, and without a transcoder's skip: only the input, which
-        `forward` has, tells how to undo the one and compute the other.
+        `forward` and `reconstruct_from` have, tells how to undo the one and compute the other.
         """
         return latents @ self.W_dec + self.b_dec
+
+    def reconstruct_from(self, x: Tensor, latents: Tensor) -> Tensor:
+        """Reconstruction `[..., d_out]` of `x` `[..., d_in]` from other latents `[..., d_sae]` than its own.
+
+        From `encode(x)` it is `forward(x)`, to rounding: a transcoder's skip is added, layer_norm undone.
+        """
+        rows, undo = self._normalise(x)
+        recon = self.output(rows, latents.reshape(-1, self.d_sae) @ self.W_dec)
+        if undo is not None:
+            recon = recon * undo[1] + undo[0]
+        return recon.view(*x.shape[:-1], self.d_out)
+
+    def decode_change(self, x: Tensor, change: Tensor) -> Tensor:
+        """What adding `change` `[..., d_sae]` to the latents of `x` `[..., d_in]` adds to its reconstruction.
+
+        `[..., d_out]`; exactly zero where `change` is.
+        """
+        decoded = change @ self.W_dec
+        _, undo = self._normalise(x)
+        return decoded if undo is None else decoded * undo[1].view(*x.shape[:-1], 1)
 
     def decoded(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """What this rank's latents of `x` [batch, d_in] add up to, [batch, d_out], and how many are > 0 in all."""

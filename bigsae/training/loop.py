@@ -12,6 +12,7 @@ from bigsae.hub.formats import save_sae
 from bigsae.parallel import collectives
 from bigsae.training.folder import write_status
 from bigsae.training.heldout import measure_heldout
+from bigsae.training.heldout_ce import measure_heldout_ce
 from bigsae.training.progress import ProgressBar
 from bigsae.training.saving import refuse_skipped, save
 from bigsae.training.state import Run
@@ -168,7 +169,7 @@ def _write_row(run: Run, name: str, values: dict[str, float]) -> None:
 
 
 def _measure(run: Run) -> None:
-    """FVU and L0 on the held-out rows."""
+    """FVU and L0 on the held-out rows, and cross-entropy with --eval.ce."""
     if run.heldout is None:
         return
     start = time.perf_counter()
@@ -176,7 +177,14 @@ def _measure(run: Run) -> None:
     measured = measure_heldout(
         rows, keep, run.harvest.extract, run.trainers, run.jobs, run.routing, run.harvest.micro_batch_rows
     )
-    for name, values in run.of_all_ranks(measured).items():
+    measured = run.of_all_ranks(measured)
+    if run.config.eval.ce:
+        extract, rows_at_once = run.harvest.extract, run.harvest.micro_batch_rows
+        of_model = measure_heldout_ce(
+            rows, keep, extract, run.trainers, run.jobs, run.routing.mesh, rows_at_once
+        )
+        measured = {name: values | of_model[name] for name, values in measured.items()}
+    for name, values in measured.items():
         _write_row(run, name, values)
     run.clock["time"] += time.perf_counter() - start  # tokens/s is the training's
 

@@ -43,6 +43,7 @@ from bigsae.parallel.mesh import Mesh, build_mesh
 from bigsae.parallel.nodes import first_on_node, limit_waits
 from bigsae.training import folder
 from bigsae.training.checkpoint import checkpoints
+from bigsae.training.heldout_ce import check_order
 from bigsae.training.routing import Routing
 from bigsae.training.saving import resume
 from bigsae.training.sharing import build_trainers, check_mesh, choose_mesh
@@ -76,6 +77,8 @@ def prepare(config: TrainConfig, stop: StopSignal) -> tuple[Run, Callable[[], No
     num_owners = mesh.num_ranks if config.mesh.distribute_saes and mesh.num_ranks > 1 else None
     jobs = make_jobs([(read.name, predicted.name) for read, predicted in targets], made, widths, num_owners)
     check_mesh(config, jobs, widths, mesh.num_ranks)
+    if config.eval.ce:
+        check_order(jobs, list(widths))
     from_scratch = not (config.resume and checkpoints(Path(config.output_dir) / "checkpoints"))
     if from_scratch:
         for job in jobs:
@@ -97,7 +100,7 @@ def prepare(config: TrainConfig, stop: StopSignal) -> tuple[Run, Callable[[], No
 
     with first_on_node(mesh):
         download_lm(config.model, config.lm, meta)
-    model = load_lm(config.model, config.lm, meta, layout, mesh.device, sites)
+    model = load_lm(config.model, config.lm, meta, layout, mesh.device, sites, all_layers=config.eval.ce)
     limit_waits(process_groups(model), config.timeout)
     trained_on = _trained_on(config, tokenizer, vocab_size(lm_config))
     harvest = _harvest(config, sites, rows, Extractor(model, sites), trained_on, mesh)

@@ -216,9 +216,15 @@ class SAETrainer:
         A transcoder has its targets `y` [tokens, d_out]; else they are `x`.
         """
         targets = x if y is None else y
-        recon, num_active = self.sae.reconstruct(x.to(self.mesh.device, torch.float32) * self.scale)
-        error = targets.to(self.mesh.device, torch.float32) - recon / self.out_scale
+        recon, num_active = self.reconstruct(x)
+        error = targets.to(self.mesh.device, torch.float32) - recon
         return error.square().sum().double(), num_active
+
+    @torch.no_grad()
+    def reconstruct(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Reconstruction [tokens, d_out] of `x` [tokens, d_in], both in the LM's own scale, and active latents."""
+        recon, num_active = self.sae.reconstruct(x.to(self.mesh.device, torch.float32) * self.scale)
+        return recon / self.out_scale, num_active
 
     @torch.no_grad()
     def folded(self) -> SAE:

@@ -25,6 +25,7 @@ def plan_of_run(config: TrainConfig, num_ranks: int) -> PlanConfig:
         buffer=config.buffer,
         sae=config.sae,
         optim=config.optim,
+        eval=config.eval,
     )
 
 

@@ -179,10 +179,35 @@ def bfloat16_weights(config: TrainConfig) -> TrainConfig:
     return replace(config, sae=replace(config.sae, dtype="bfloat16"), optim=bigsae.OptimConfig(beta2=0.99))
 
 
+def whole_model(config: TrainConfig) -> TrainConfig:
+    """Two of four layers would do for the hookpoint."""
+    return replace(
+        config, eval=bigsae.EvalConfig(ce=True, rows=2), data=bigsae.DataConfig(heldout_documents=2)
+    )
+
+
 @pytest.mark.parametrize(
     "change",
-    [lambda c: c, jumprelu, two_hookpoints, half_precision, small_moments, transcoder, bfloat16_weights],
-    ids=["topk", "jumprelu", "two hookpoints", "bfloat16", "int8 moments", "transcoder", "bfloat16 weights"],
+    [
+        lambda c: c,
+        jumprelu,
+        two_hookpoints,
+        half_precision,
+        small_moments,
+        transcoder,
+        bfloat16_weights,
+        whole_model,
+    ],
+    ids=[
+        "topk",
+        "jumprelu",
+        "two hookpoints",
+        "bfloat16",
+        "int8 moments",
+        "transcoder",
+        "bfloat16 weights",
+        "eval.ce",
+    ],
 )
 def test_one_rank(config, change):
     config = change(config)

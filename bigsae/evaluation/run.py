@@ -1,0 +1,217 @@
+"""From options to results: the function behind `bigsae.evaluate`."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections.abc import Sequence
+from dataclasses import replace
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.utils.logging import disable_progress_bar
+
+from bigsae.config import DataConfig, UserError, WandbConfig, to_dict
+from bigsae.data import tokens
+from bigsae.evaluation.language import Batch
+from bigsae.evaluation.measure import measure
+from bigsae.evaluation.options import EvaluateConfig, check_options
+from bigsae.evaluation.targets import check_widths, find_folders, read_saes, read_targets, run_of
+from bigsae.hub.files import write_json
+from bigsae.lm.activations import Extractor
+from bigsae.lm.hookpoints import locate
+from bigsae.lm.loading import (
+    download_lm,
+    load_lm,
+    meta_model,
+    process_groups,
+    resolve_layout,
+    vocab_size,
+)
+from bigsae.parallel.mesh import Mesh, build_mesh
+from bigsae.parallel.nodes import first_on_node, limit_waits, lost_peers_named
+
+logger = logging.getLogger("bigsae")
+
+_CTX_LEN = 256
+
+
+def evaluate_saes(config: EvaluateConfig) -> dict[str, Any]:
+    """Measure the SAEs of `config` on its language model; every rank of the launch calls this.
+
+    Returns on every rank what docs/evaluate.md describes, plain JSON values, which also go to `config.output`. Raises
+    UserError for what the user can mend.
+    """
+    with lost_peers_named(config.timeout):
+        return _evaluate(config)
+
+
+def _evaluate(config: EvaluateConfig) -> dict[str, Any]:
+    check_options(config)
+    accelerator = Accelerator(
+        cpu=not torch.cuda.is_available(),
+        log_with="wandb" if config.wandb.project else None,
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(minutes=config.timeout))],
+    )
+    mesh = build_mesh()
+    limit_waits((mesh.world, mesh.control), config.timeout)
+    if not mesh.is_main:
+        datasets.disable_progress_bars()
+        disable_progress_bar()
+    folders = find_folders(config.saes)
+    with first_on_node(mesh):
+        saes = read_saes(folders)
+    config = with_defaults(config, folders, [sae.metadata for sae in saes])
+    assert config.model is not None and config.ctx_len is not None
+    layout = resolve_layout(config.lm, mesh.num_ranks, mesh.num_local_ranks)
+    with first_on_node(mesh):
+        meta, _ = meta_model(config.model, config.lm)
+    targets = read_targets(config, folders, saes, meta)
+    sites = locate(meta, list({h.name: h for t in targets for h in (t.reads, t.predicts)}.values()))
+    check_widths(targets, sites)
+    with first_on_node(mesh):
+        rows, keep = _rows(config, meta)
+    with first_on_node(mesh):
+        download_lm(config.model, config.lm, meta)
+    model = load_lm(config.model, config.lm, meta, layout, mesh.device, sites, all_layers=config.ce)
+    limit_waits(process_groups(model), config.timeout)
+    for target in targets:
+        target.sae.to(mesh.device)
+    logger.info(
+        "%d SAEs on %d rows of %d tokens, %d ranks on %s, language model %s",
+        len(targets), len(rows), config.ctx_len, mesh.num_ranks, mesh.device.type, layout,
+    )  # fmt: skip
+    batches = deal(rows, keep, config.lm.micro_batch_rows, mesh)
+    measured = measure(Extractor(model, sites), batches, targets, config, mesh)
+    results = _about(config, len(rows), int(keep.sum())) | measured
+    if mesh.is_main and config.output is not None:
+        write_json(Path(config.output), results)
+    _track(accelerator, config, results)
+    return results
+
+
+def with_defaults(
+    config: EvaluateConfig, folders: Sequence[Path], metadata: Sequence[dict[str, Any]]
+) -> EvaluateConfig:
+    """`config` with what the SAEs and their run say in place of None. Raises UserError where neither says."""
+    run = run_of(folders[0])
+    if config.dataset is None:
+        if run is None:
+            raise UserError(f"--dataset: {folders[0]} lies in no run of bigsae: name the text to measure on")
+        ctx_len = config.ctx_len or run.ctx_len
+        config = replace(config, dataset=run.dataset, data=run.data, seed=run.seed, ctx_len=ctx_len)
+    if config.model is None:
+        named = {m["model_name"] for m in metadata if isinstance(m.get("model_name"), str)}
+        if run is not None:
+            named = {run.model}
+        if len(named) != 1:
+            found = f"they name {', '.join(sorted(named))}" if named else "the SAEs do not name it"
+            raise UserError(f"--model: {found}: set the language model to measure on")
+        config = replace(config, model=named.pop())
+    if config.ctx_len is None:
+        said = metadata[0].get("context_size")
+        config = replace(config, ctx_len=said if isinstance(said, int) and said > 1 else _CTX_LEN)
+    return config
+
+
+def _rows(config: EvaluateConfig, meta: PreTrainedModel) -> tuple[Tensor, Tensor]:
+    """Token ids [n, ctx_len] and which of them count, the same on every rank."""
+    assert config.model is not None and config.dataset is not None and config.ctx_len is not None
+    source = tokens.open_dataset(config.dataset, config.data)
+    tokenizer = None
+    if not source.pretokenised or config.data.drop_special_tokens:
+        tokenizer = tokens.load_tokenizer(config.model, config.lm.revision, config.lm.trust_remote_code)
+        tokens.check_vocabulary(tokenizer, vocab_size(meta.config))
+    rows = some_rows(source, tokenizer, config.ctx_len, config.data, config.seed, config.rows)
+    if rows.max() >= vocab_size(meta.config):
+        raise UserError(
+            f"--dataset {config.dataset} holds token id {rows.max()}, but --model {config.model} has "
+            f"{vocab_size(meta.config)}: the dataset was tokenised for another model"
+        )
+    special_ids = tokenizer.all_special_ids if tokenizer is not None else []
+    keep = tokens.token_mask(rows, special_ids, config.data)
+    if not keep.any():
+        raise UserError(
+            f"--dataset {config.dataset} holds special tokens alone: keep them with --data.no-drop-special-tokens"
+        )
+    return rows, keep
+
+
+def some_rows(
+    source: tokens.Source, tokenizer: Any, ctx_len: int, data: DataConfig, seed: int, max_rows: int
+) -> Tensor:
+    """[n, ctx_len] int64, n <= max_rows: of the documents held out where some are, else of all in a seeded order."""
+    if data.heldout_documents:
+        return tokens.heldout_rows(source, tokenizer, ctx_len, data, seed, max_rows)
+    stream = tokens.TokenRows(source, tokenizer, ctx_len, replace(data, epochs=1), seed, rank=0, num_ranks=1)
+    try:
+        return torch.stack(list(itertools.islice(stream, max_rows)))
+    finally:
+        stream.close()
+
+
+def deal(rows: Tensor, keep: Tensor, micro_batch_rows: int, mesh: Mesh) -> list[Batch]:
+    """This rank's batches of at most `micro_batch_rows` rows: as many on every rank, which a sharded model needs.
+
+    A rank for which no rows are left has a row of which nothing counts.
+    """
+    at_once = micro_batch_rows * mesh.num_ranks
+    batches = []
+    for first in range(0, len(rows), at_once):
+        start = first + mesh.rank * micro_batch_rows
+        ids, kept = rows[start : start + micro_batch_rows], keep[start : start + micro_batch_rows]
+        if not len(ids):
+            ids, kept = torch.zeros_like(rows[:1]), torch.zeros_like(keep[:1])
+        batches.append(Batch(ids, kept))
+    return batches
+
+
+def _about(config: EvaluateConfig, num_rows: int, num_tokens: int) -> dict[str, Any]:
+    left_out = [
+        name
+        for name, dropped in (
+            ("first position", config.data.drop_first_position),
+            ("special tokens", config.data.drop_special_tokens),
+        )
+        if dropped
+    ]
+    return {
+        "model": config.model,
+        "dataset": config.dataset,
+        "heldout_documents": config.data.heldout_documents,
+        "rows": num_rows,
+        "ctx_len": config.ctx_len,
+        "tokens": num_tokens,
+        "left_out": left_out,
+        "ablated": "everywhere" if config.ablate_everywhere else "where spliced",
+    }
+
+
+def _track(accelerator: Accelerator, config: EvaluateConfig, results: dict[str, Any]) -> None:
+    """The numbers to Weights & Biases, where a project is given."""
+    wandb: WandbConfig = config.wandb
+    if wandb.project is None:
+        return
+    folder = Path(config.output).parent if config.output is not None else Path()
+    accelerator.init_trackers(
+        wandb.project,
+        config=to_dict(config),
+        init_kwargs={"wandb": {"name": wandb.name, "entity": wandb.entity, "dir": str(folder)}},
+    )
+    parts = results["saes"] | ({"joint": results["joint"]} if results.get("joint") else {})
+    numbers = {
+        f"{name}/{key}": value
+        for name, values in parts.items()
+        for key, value in values.items()
+        if isinstance(value, (int, float))
+    }
+    accelerator.log(numbers, step=0)
+    for tracker in accelerator.trackers:  # not end_training(): a script may go on in the same process group
+        tracker.finish()
