@@ -18,7 +18,8 @@ FLOORS = (
     ("sae", "lm"),
     ("data", "hub"),
     ("training", "planning"),
-    ("commands", "train", "plan"),
+    ("caching",),
+    ("commands", "train", "plan", "cache_activations"),
 )
 FLOOR = {room: i for i, rooms in enumerate(FLOORS) for room in rooms}
 # sae.save() writes the run folder's own format, which is hub's to write; opened when called, not when loaded.
