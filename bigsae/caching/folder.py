@@ -36,7 +36,7 @@ def check_folder(config: CacheConfig, folder: Path) -> None:
     """Refuse a folder that holds something this command does not continue. Raises UserError."""
     if (folder / MADE).exists():
         check_same(config, folder)
-    elif folder.exists() and any(folder.iterdir()):
+    elif folder.exists() and any(not path.name.startswith(".") for path in folder.iterdir()):
         raise UserError(f"--output-dir {folder} holds other files: give a new folder")
 
 

@@ -153,7 +153,7 @@ class _Writing:
                 drop_after(self.folder, max(done, default=HELDOUT - 1))
         done = collectives.objects(done, self.mesh.control)[0]
         if done:
-            logger.info("resumed %s after shards %d of each rank", self.folder, max(done))
+            logger.info("resumed %s after %d shards of each rank", self.folder, max(done) + 1)
         elif self.config.resume:
             logger.warning("--resume: %s holds no finished shards, starting afresh", self.folder)
         return done
