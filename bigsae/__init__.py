@@ -5,6 +5,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from bigsae.caching.options import CacheConfig
 from bigsae.config import (
     BufferConfig,
     CheckpointConfig,
@@ -20,6 +21,8 @@ from bigsae.config import (
 )
 
 if TYPE_CHECKING:
+    from bigsae.caching.read import open_activations
+    from bigsae.caching.write import write_activations
     from bigsae.evaluation.options import EvaluateConfig
     from bigsae.evaluation.run import evaluate_saes
     from bigsae.evaluation.splicing import splice
@@ -36,13 +39,16 @@ _LAZY = {
     "evaluate_saes": "bigsae.evaluation.run",
     "fit": "bigsae.training.fit",
     "load_sae": "bigsae.hub.load",
+    "open_activations": "bigsae.caching.read",
     "splice": "bigsae.evaluation.splicing",
     "train_saes": "bigsae.training.run",
+    "write_activations": "bigsae.caching.write",
     "write_report": "bigsae.reporting.write",
 }
 
 __all__ = [
     "BufferConfig",
+    "CacheConfig",
     "CheckpointConfig",
     "DataConfig",
     "EvalConfig",
@@ -58,8 +64,10 @@ __all__ = [
     "evaluate_saes",
     "fit",
     "load_sae",
+    "open_activations",
     "splice",
     "train_saes",
+    "write_activations",
     "write_report",
 ]
 

@@ -39,7 +39,7 @@ def parse_train_config(arguments: list[str]) -> TrainConfig:
         default=default,
         description=(TrainConfig.__doc__ or "")
         + " --config FILE reads defaults of any flags from YAML or JSON, such as a run's config.json.",
-        console_outputs=_rank() == 0,
+        console_outputs=is_main(),
     )
     assert isinstance(config, TrainConfig)
     return config
@@ -76,6 +76,11 @@ def run_command(main: Callable[[], None]) -> None:
         sys.stdout.flush()
         # Not through the interpreter's end: what tears groups down there waits for the lost rank again.
         os._exit(1)
+
+
+def is_main() -> bool:
+    """Whether this rank prints."""
+    return _rank() == 0
 
 
 def _rank() -> int:

@@ -60,6 +60,9 @@ class DataConfig:
     trained."""
     num_shards: int = 64
     """Virtual shards that the documents are dealt to, fixed for a run. Ranks own shards."""
+    cached_order: Literal["shuffled", "as_made"] = "shuffled"
+    """Order in which --activations are read, before the buffers mix them. shuffled: all rows of the cache in a seeded
+    order, another one each epoch. as_made: the order in which a run on the fly, on as many ranks, has them."""
     heldout_documents: int = 0
     """Documents that are never trained on; FVU and L0 on them are logged at the end and every --eval.every steps."""
     drop_first_position: bool = True
@@ -263,17 +266,22 @@ class WandbConfig:
     """User or team."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """Train sparse autoencoders on the activations of any Hugging Face causal language model."""
 
-    model: str
-    """Hub id or folder of the language model."""
-    dataset: str
-    """Hub id, or a local path: a save_to_disk folder, .jsonl, .parquet, .txt, or a folder of those."""
-    hookpoints: tuple[str, ...]
+    model: str = ""
+    """Hub id or folder of the language model. Not needed with --activations."""
+    dataset: str = ""
+    """Hub id, or a local path: a save_to_disk folder, .jsonl, .parquet, .txt, or a folder of those. Not needed with
+    --activations."""
+    activations: str | None = None
+    """Train from activations on disk, without the language model: a folder that bigsae.cache_activations made, or its
+    Hub id (user/name, or user/name@revision). What the cache says of model, dataset, rows and tokens holds then."""
+    hookpoints: tuple[str, ...] = ()
     """Modules whose activations are learnt, one SAE each: the model's own names, patterns (model.layers.*.mlp), ranges
-    (model.layers.{4,8}), or TransformerLens names; a suffix :input takes a module's input."""
+    (model.layers.{4,8}), or TransformerLens names; a suffix :input takes a module's input. With --activations those
+    of the cache, without TransformerLens names; all where none are given."""
     output_dir: str
     """Folder of the run, on a file system that all nodes share."""
     tokens: int

@@ -118,6 +118,25 @@ def _matches(
     return hits
 
 
+def match_names(patterns: Sequence[str], names: Sequence[str], flag: str = "--hookpoints") -> list[str]:
+    """Those of `names`, hookpoints' canonical ones, that `patterns` name, as `resolve_hookpoints` reads patterns.
+
+    Without a model, so TransformerLens names are not known. Raises UserError for a pattern that matches none.
+    """
+    found: dict[str, None] = {}
+    for pattern in patterns:
+        for plain in _expand_braces(pattern):
+            path, side = _split_side(plain)
+            matched = [
+                name for name in names
+                if _split_side(name)[1] == side and _match_components(_split_side(name)[0], path)
+            ]  # fmt: skip
+            if not matched:
+                raise UserError(f"{flag} {plain}: there are only {', '.join(names)}")
+            found.update(dict.fromkeys(matched))
+    return list(found)
+
+
 def _split_side(name: str) -> tuple[str, Literal["output", "input"]]:
     if name.endswith(INPUT_SUFFIX):
         return name.removesuffix(INPUT_SUFFIX), "input"

@@ -18,6 +18,7 @@ _MAY_CHANGE = {
     "lm.shard_size",
     "lm.replicate_size",
     "buffer.device",
+    "activations",  # the cache may have moved; its content is compared with the checkpoint's
     "timeout",
 }
 _MAY_CHANGE_UNDER = {"checkpoint", "wandb", "eval", "mesh"}

@@ -107,8 +107,12 @@ def _check_one_batch(run: Run) -> None:
     num_rows = run.rows.num_first_epoch_rows
     too_short = num_rows is not None and num_rows * run.config.ctx_len < run.harvest.batch_tokens
     if collectives.max_ints([too_short], run.mesh.control)[0]:
+        config = run.config
+        source = (
+            f"--activations {config.activations}" if config.activations else f"--dataset {config.dataset}"
+        )
         raise UserError(
-            f"--dataset {run.config.dataset} holds less than one batch: lower --batch-size-tokens "
+            f"{source} holds less than one batch: lower --batch-size-tokens "
             f"{run.config.batch_size_tokens} or take a larger dataset"
         )
 

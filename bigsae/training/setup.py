@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
@@ -29,7 +30,6 @@ from bigsae.kernels.dispatch import backend
 from bigsae.lm.activations import Extractor
 from bigsae.lm.hookpoints import Hookpoint, Site, locate, resolve_hookpoints
 from bigsae.lm.loading import (
-    LMLayout,
     download_lm,
     load_lm,
     local_bytes,
@@ -42,6 +42,14 @@ from bigsae.parallel import collectives
 from bigsae.parallel.mesh import Mesh, build_mesh
 from bigsae.parallel.nodes import first_on_node, limit_waits
 from bigsae.training import folder
+from bigsae.training.cached import (
+    FoundCache,
+    cached_harvest,
+    cached_targets,
+    find_cache,
+    open_cache,
+    with_origin,
+)
 from bigsae.training.checkpoint import checkpoints
 from bigsae.training.heldout_ce import check_order
 from bigsae.training.routing import Routing
@@ -50,7 +58,7 @@ from bigsae.training.sharing import build_trainers, check_mesh, choose_mesh
 from bigsae.training.signals import StopSignal
 from bigsae.training.start import load_start
 from bigsae.training.state import Run
-from bigsae.training.variants import check_variants, make_jobs, variants
+from bigsae.training.variants import Job, Variant, check_variants, make_jobs, variants
 
 logger = logging.getLogger("bigsae")
 
@@ -63,10 +71,17 @@ def prepare(config: TrainConfig, stop: StopSignal) -> tuple[Run, Callable[[], No
     if not mesh.is_main:
         datasets.disable_progress_bars()
         disable_progress_bar()
+    cache = None
+    if config.activations:
+        with first_on_node(mesh):
+            cache = find_cache(config.activations)
+        config = with_origin(config, cache)
     check(config, mesh.num_ranks)
     made = variants(config)
     check_variants(config, made)
     folder.check_folder(config)
+    if cache is not None:
+        return _prepare_cached(config, cache, accelerator, mesh, made, stop)
     layout = resolve_layout(config.lm, mesh.num_ranks, mesh.num_local_ranks)
     with first_on_node(mesh):
         meta, lm_config = meta_model(config.model, config.lm)
@@ -74,15 +89,10 @@ def prepare(config: TrainConfig, stop: StopSignal) -> tuple[Run, Callable[[], No
     sites = locate(meta, list({h.name: h for pair in targets for h in pair}.values()))
     widths = {site.name: site.d_in for site in sites}
     targets.sort(key=lambda pair: list(widths).index(pair[0].name))  # as the forward meets them
-    num_owners = mesh.num_ranks if config.mesh.distribute_saes and mesh.num_ranks > 1 else None
-    jobs = make_jobs([(read.name, predicted.name) for read, predicted in targets], made, widths, num_owners)
-    check_mesh(config, jobs, widths, mesh.num_ranks)
+    names = [(read.name, predicted.name) for read, predicted in targets]
+    jobs = _checked_jobs(config, names, made, widths, mesh)
     if config.eval.ce:
         check_order(jobs, list(widths))
-    from_scratch = not (config.resume and checkpoints(Path(config.output_dir) / "checkpoints"))
-    if from_scratch:
-        for job in jobs:
-            load_start(job.variant.sae, job.reads, len(targets) == 1)
     with _errors_shared(mesh):
         with first_on_node(mesh):
             source = tokens.open_dataset(config.dataset, config.data)
@@ -104,22 +114,93 @@ def prepare(config: TrainConfig, stop: StopSignal) -> tuple[Run, Callable[[], No
     limit_waits(process_groups(model), config.timeout)
     trained_on = _trained_on(config, tokenizer, vocab_size(lm_config))
     harvest = _harvest(config, sites, rows, Extractor(model, sites), trained_on, mesh)
+    prepend_bos = rows.layout.bos is not None
+    given = _Given(harvest, rows, heldout, prepend_bos, f"language model {layout}", local_bytes(model))
+    return _begin(config, given, accelerator, mesh, jobs, widths, stop)
+
+
+@dataclass(frozen=True)
+class _Given:
+    """Where a run's activations come from, ready to give them."""
+
+    harvest: Harvest
+    rows: Any
+    heldout: Tensor | None
+    prepend_bos: bool
+    description: str
+    lm_bytes: int
+
+
+def _prepare_cached(
+    config: TrainConfig,
+    found: FoundCache,
+    accelerator: Accelerator,
+    mesh: Mesh,
+    made: list[Variant],
+    stop: StopSignal,
+) -> tuple[Run, Callable[[], None]]:
+    """As `prepare`, from a cache: there is no language model."""
+    targets = cached_targets(config, found.index)
+    wanted = {name for pair in targets for name in pair}
+    widths = {name: d_in for name, d_in in found.index.hookpoints.items() if name in wanted}
+    jobs = _checked_jobs(config, targets, made, widths, mesh)
+    with first_on_node(mesh):
+        cache = open_cache(found, tuple(widths))
+    harvest, rows, heldout = cached_harvest(config, cache, found.name, mesh)
+    description = f"activations of {found.name} ({found.index.num_activations:,}, {found.index.dtype})"
+    given = _Given(harvest, rows, heldout, found.index.prepend_bos, description, 0)
+    return _begin(config, given, accelerator, mesh, jobs, widths, stop)
+
+
+def _from_scratch(config: TrainConfig) -> bool:
+    return not (config.resume and checkpoints(Path(config.output_dir) / "checkpoints"))
+
+
+def _checked_jobs(
+    config: TrainConfig,
+    targets: list[tuple[str, str]],
+    made: list[Variant],
+    widths: dict[str, int],
+    mesh: Mesh,
+) -> list[Job]:
+    """The run's SAEs, once mesh and starts are known to fit them. Raises UserError."""
+    num_owners = mesh.num_ranks if config.mesh.distribute_saes and mesh.num_ranks > 1 else None
+    jobs = make_jobs(targets, made, widths, num_owners)
+    check_mesh(config, jobs, widths, mesh.num_ranks)
+    if _from_scratch(config):
+        for job in jobs:
+            load_start(job.variant.sae, job.reads, len(targets) == 1)
+    return jobs
+
+
+def _begin(
+    config: TrainConfig,
+    given: _Given,
+    accelerator: Accelerator,
+    mesh: Mesh,
+    jobs: list[Job],
+    widths: dict[str, int],
+    stop: StopSignal,
+) -> tuple[Run, Callable[[], None]]:
+    """The run of what is `given`, resumed where `config` asks for that, and a function that closes it."""
+    harvest, rows = given.harvest, given.rows
     mesh = choose_mesh(config, mesh, jobs, widths, harvest.buffer.num_bytes())
+    from_scratch = _from_scratch(config)
     trainers = build_trainers(config, mesh, jobs, widths, from_scratch=from_scratch)
     run = Run(
         config,
         mesh,
         harvest,
         rows,
-        heldout,
+        given.heldout,
         {job.name: job for job in jobs},
         trainers,
         Routing(mesh, jobs),
-        _metadata(config, rows),
+        _metadata(config, given.prepend_bos),
         _tracker(accelerator, config),
         stop,
     )
-    _announce(run, layout, local_bytes(model))
+    _announce(run, given)
     if config.resume:
         resume(run)
     if mesh.is_main and not run.finished:
@@ -247,7 +328,7 @@ def _harvest(
     )
 
 
-def _metadata(config: TrainConfig, rows: tokens.TokenRows) -> dict[str, Any]:
+def _metadata(config: TrainConfig, prepend_bos: bool) -> dict[str, Any]:
     """What an exported SAE says of its origin, in SAELens's terms."""
     return {
         "bigsae_version": version("bigsae"),
@@ -255,18 +336,18 @@ def _metadata(config: TrainConfig, rows: tokens.TokenRows) -> dict[str, Any]:
         "model_class_name": "AutoModelForCausalLM",
         "dataset_path": config.dataset,
         "context_size": config.ctx_len,
-        "prepend_bos": rows.layout.bos is not None,
+        "prepend_bos": prepend_bos,
     }
 
 
-def _announce(run: Run, layout: LMLayout, lm_bytes: int) -> None:
+def _announce(run: Run, given: _Given) -> None:
     """What this run got: ranks, device, LM layout, SAEs, kernels, bytes per rank."""
     mesh = run.mesh
     tensors = [t for trainer in run.trainers.values() for t in trainer.tensors().values()]
     local = [t.to_local() if isinstance(t, DTensor) else t for t in tensors]
     sae_bytes = sum(t.numel() * t.element_size() for t in local)
-    mib = [f"{n / 2**20:,.0f} MiB" for n in (lm_bytes, sae_bytes, run.harvest.buffer.num_bytes())]
-    logger.info("%d ranks on %s, language model %s, kernels %s", mesh.num_ranks, mesh.device.type, layout,
+    mib = [f"{n / 2**20:,.0f} MiB" for n in (given.lm_bytes, sae_bytes, run.harvest.buffer.num_bytes())]
+    logger.info("%d ranks on %s, %s, kernels %s", mesh.num_ranks, mesh.device.type, given.description,
                 backend(mesh.device))  # fmt: skip
     for job in run.jobs.values():
         where = "" if job.owner is None else f", on rank {job.owner}"

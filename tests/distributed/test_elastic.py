@@ -29,8 +29,11 @@ HOOKPOINT = "model.embed_tokens"
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory) -> Path:
+    return make_home(tmp_path_factory.mktemp("elastic"))
+
+
+def make_home(folder: Path) -> Path:
     """A model whose embeddings tell tokens apart, and a dataset that holds every token once."""
-    folder = tmp_path_factory.mktemp("elastic")
     config = LlamaConfig(
         vocab_size=VOCABULARY,
         hidden_size=16,
