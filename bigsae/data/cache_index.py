@@ -19,7 +19,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
-from bigsae.config import UserError, from_dict
+from bigsae.config import UserError
+from bigsae.configfile import from_dict
 
 FORMAT = "bigsae activation cache"
 VERSION = 1

@@ -18,7 +18,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
-from bigsae.config import DataConfig, UserError, WandbConfig, to_dict
+from bigsae.config import DataConfig, UserError, WandbConfig
+from bigsae.configfile import to_dict
 from bigsae.data import tokens
 from bigsae.evaluation.language import Batch
 from bigsae.evaluation.measure import measure

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
-from bigsae.config import TrainConfig, UserError, read_config
+from bigsae.config import TrainConfig, UserError
+from bigsae.configfile import read_config
 from bigsae.evaluation.options import EvaluateConfig
 from bigsae.hub.formats import read_sae
 from bigsae.lm.hookpoints import Hookpoint, Site, resolve_hookpoints

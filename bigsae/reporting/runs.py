@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bigsae.config import TrainConfig, UserError, read_config
+from bigsae.config import TrainConfig, UserError
+from bigsae.configfile import read_config
 from bigsae.training.checkpoint import checkpoints, read_state
 
 _SAE_FILES = ("cfg.json", "ae.pt")

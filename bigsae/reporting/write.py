@@ -9,7 +9,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from bigsae.config import TrainConfig, UserError, to_dict
+from bigsae.config import TrainConfig, UserError
+from bigsae.configfile import to_dict
 from bigsae.hub.files import write_atomic
 from bigsae.hub.formats import read_sae
 from bigsae.reporting.costs import memory

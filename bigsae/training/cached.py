@@ -13,7 +13,8 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from torch import Tensor
 
-from bigsae.config import DataConfig, LMConfig, TrainConfig, UserError, from_dict
+from bigsae.config import DataConfig, LMConfig, TrainConfig, UserError
+from bigsae.configfile import from_dict
 from bigsae.data.activation_cache import ActivationCache
 from bigsae.data.buffer import ActivationBuffer
 from bigsae.data.cache_index import INDEX, Index, read_index
