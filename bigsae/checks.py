@@ -90,6 +90,16 @@ def check_latent(num_latent: int | None, num_ranks: int) -> None:
         )
 
 
+def check_mesh_options(config: TrainConfig) -> None:
+    """Find options of --mesh that would do nothing. Raises UserError."""
+    mesh = config.mesh
+    if mesh.distribute_saes and (mesh.latent is not None or mesh.shard_optimizer):
+        other = "--mesh.latent" if mesh.latent is not None else "--mesh.shard-optimizer"
+        raise UserError(
+            f"--mesh.distribute-saes gives each SAE to one rank, so {other} does nothing: leave one out"
+        )
+
+
 def check_divides(d_sae: int, num_latent: int) -> None:
     """Find a number of ranks that cannot share `d_sae` latents equally. Raises UserError."""
     if d_sae % num_latent:
@@ -129,7 +139,7 @@ def check_sae(sae: SAEConfig, transcoder: bool = False) -> None:
     for name in (
         "k", "d_sae", "expansion_factor", "init_tokens", "dead_after_tokens", "k_aux", "target_l0", "tanh_scale",
         "jumprelu_bandwidth", "threshold_lr", "p_norm", "resample_every_tokens", "decoder_init_norm",
-        "decoder_lr_factor",
+        "decoder_lr_factor", "slab_mb",
     ):  # fmt: skip
         _positive(_flag(name), getattr(sae, name))
     for name in (
@@ -260,6 +270,7 @@ def check(config: TrainConfig, num_ranks: int) -> None:
         ("--data.num-shards", config.data.num_shards),
         ("--data.epochs", config.data.epochs),
         ("--eval.rows", config.eval.rows),
+        ("--timeout", config.timeout),
     ):
         _positive(flag, value)
     for flag, value in (
@@ -274,6 +285,7 @@ def check(config: TrainConfig, num_ranks: int) -> None:
     check_sae(config.sae)
     check_optim(config.optim)
     check_together(config.sae, config.optim, config.tokens)
+    check_mesh_options(config)
     _check_sizes(config, num_ranks)
     if config.lm.autocast and config.lm.dtype != "float32":
         raise UserError(

@@ -215,7 +215,8 @@ class OptimConfig:
     grad_dtype: Literal["float32", "bfloat16"] = "float32"
     """Data type of the gradients of W_enc and W_dec, also in which they travel between ranks."""
     moments_dtype: Literal["float32", "bfloat16", "int8"] = "float32"
-    """Data type in which Adam's moments of W_enc and W_dec are kept; below float32 with stochastic rounding."""
+    """Data type in which Adam's moments of W_enc and W_dec are kept: that of the weights, or a smaller one, then with
+    stochastic rounding."""
 
 
 @dataclass(frozen=True)

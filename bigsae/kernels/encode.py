@@ -37,6 +37,11 @@ def _slab(rows: int, d_sae: int, like: Tensor) -> Tensor:
     return held[:num_bytes].view(like.dtype).view(rows, d_sae)
 
 
+def default_slab_rows(d_sae: int, x: Tensor) -> int:
+    """As many rows of [batch, d_sae] in the dtype of x as fit in 256 MB, at least one."""
+    return max(1, _SLAB_BYTES // (d_sae * x.element_size()))
+
+
 def pre_acts_by_slab(
     x: Tensor, W_enc: Tensor, b_enc: Tensor, slab_rows: int | None
 ) -> Iterator[tuple[int, Tensor]]:
@@ -46,7 +51,7 @@ def pre_acts_by_slab(
     """
     batch, d_sae = x.shape[0], W_enc.shape[0]
     if slab_rows is None:
-        slab_rows = max(1, _SLAB_BYTES // (d_sae * x.element_size()))
+        slab_rows = default_slab_rows(d_sae, x)
     slab_rows = min(slab_rows, max(batch, 1))
     slab = _slab(slab_rows, d_sae, x)
     W_enc, b_enc = W_enc.to(x.dtype), b_enc.to(x.dtype)

@@ -13,11 +13,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bigsae.kernels.decode import sparse_decode
-from bigsae.kernels.encode import check_encoder, select_pre_acts, topk_encode
+from bigsae.kernels.encode import check_encoder, default_slab_rows, select_pre_acts, topk_encode
 from bigsae.kernels.encode_above import attach
 from bigsae.kernels.pairs import RaggedPairs
 from bigsae.kernels.sparse_grad import LatentMajor
 from bigsae.kernels.topk import select_topk
+
+# What a candidate takes while its token is decided, in values: it is there as it came and in order, and has a place.
+_CANDIDATE_COPIES = 6
 
 Gather = Callable[[Tensor], Tensor]
 """From a tensor [n, ...] to those of all ranks, by rank, [ranks * n, ...]."""
@@ -80,14 +83,15 @@ def _select(
     relu: bool,
     slab_rows: int | None,
     rank: int,
+    num_ranks: int,
     gather: Gather,
 ) -> tuple[Tensor, RaggedPairs, Tensor]:
     k_own = min(k, W_enc.shape[0])
     values, indices = select_pre_acts(x, W_enc, b_enc, k_own, mask, slab_rows)
-    candidates = gather(values).view(-1, len(x), k_own).transpose(0, 1).flatten(1)
-    _, places = select_topk(candidates, min(k, candidates.shape[1]))
-    place_of = places.new_full(candidates.shape, k).scatter_(1, places, _ascending(places).expand_as(places))
-    place_of = place_of[:, rank * k_own : (rank + 1) * k_own]
+    # A few tokens at a time, on all ranks: of all of them the candidates may be more than the slab.
+    slab = (slab_rows or default_slab_rows(W_enc.shape[0], x)) * W_enc.shape[0]
+    num_tokens = max(slab // (_CANDIDATE_COPIES * k_own * num_ranks), 1)
+    place_of = torch.cat([_places(part, k, rank, gather) for part in values.split(num_tokens)])
     keep = place_of < k
     # Without value and gradient: masked latents, and under the ReLU what is not positive. A NaN stays.
     keep &= ~(values == float("-inf")) if not relu else ~(values <= 0)
@@ -96,6 +100,15 @@ def _select(
     crow = F.pad(keep.sum(1).cumsum(0), (1, 0))
     pairs = RaggedPairs(indices[keep], crow, W_enc.shape[0])
     return values.gather(1, order)[keep], pairs, place_of.gather(1, order)[keep]
+
+
+def _places(values: Tensor, k: int, rank: int, gather: Gather) -> Tensor:
+    """[batch, k_own] int64: the place of each of this rank's candidates among the k of all ranks, k if it has none."""
+    batch, k_own = values.shape
+    candidates = gather(values).view(-1, batch, k_own).transpose(0, 1).flatten(1)
+    _, places = select_topk(candidates, min(k, candidates.shape[1]))
+    place_of = places.new_full(candidates.shape, k).scatter_(1, places, _ascending(places).expand_as(places))
+    return place_of[:, rank * k_own : (rank + 1) * k_own].clone()
 
 
 def _ascending(like: Tensor) -> Tensor:
@@ -108,6 +121,7 @@ def topk_pairs(
     b_enc: Tensor,
     k: int,
     rank: int = 0,
+    num_ranks: int = 1,
     gather: Gather | None = None,
     *,
     mask: Tensor | None = None,
@@ -120,15 +134,15 @@ def topk_pairs(
         x: [batch, d_in], the same tokens on every rank.
         W_enc, b_enc: [d_own, d_in] and [d_own], this rank's latents; as many on every rank.
         k: how many latents of all ranks a token selects.
-        rank: the number of this rank; lower ones hold lower latents.
+        rank: the number of this rank of `num_ranks`; lower ones hold lower latents.
         gather: exchanges the candidates; None where one rank holds all latents.
         mask: [d_own] bool; only latents where it is True are selected.
         relu: clamp selected values at zero; on several ranks those that are not positive, which then have neither value
             nor gradient, are left out.
-        slab_rows: rows of the slab.
+        slab_rows: rows of the slab, which bounds what is exchanged at a time as well; as many on every rank.
     """
     if gather is None:
         return TopK(*topk_encode(x, W_enc, b_enc, k, mask=mask, relu=relu, slab_rows=slab_rows))
     check_encoder(x, W_enc, b_enc)
-    values, pairs, places = _select(x, W_enc, b_enc, k, mask, relu, slab_rows, rank, gather)
+    values, pairs, places = _select(x, W_enc, b_enc, k, mask, relu, slab_rows, rank, num_ranks, gather)
     return OwnOfTopK(attach(values, pairs, x, W_enc, b_enc), pairs, places)

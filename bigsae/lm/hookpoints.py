@@ -327,3 +327,24 @@ def _check_activation(hookpoint: Hookpoint, activation: Any, shape: tuple[int, i
 def num_layers_needed(sites: Sequence[Site]) -> int:
     """Decoder layers that must be loaded to compute these activations; at least one."""
     return max(1, 1 + max(site.layer for site in sites))
+
+
+def resolve_targets(
+    hookpoints: Sequence[str], output_hookpoints: Sequence[str], meta: PreTrainedModel
+) -> list[tuple[Hookpoint, Hookpoint]]:
+    """What each SAE reads and what it predicts, by `--hookpoints` and `--sae.output-hookpoint`. Raises UserError."""
+    reads = resolve_hookpoints(hookpoints, meta)
+    if not output_hookpoints:
+        return [(hookpoint, hookpoint) for hookpoint in reads]
+    predicted = resolve_hookpoints(output_hookpoints, meta, flag="--sae.output-hookpoint")
+    if len(reads) != len(predicted):
+        raise UserError(
+            f"--hookpoints names {len(reads)} activations and --sae.output-hookpoint {len(predicted)}: they pair up "
+            "one to one"
+        )
+    for ours, theirs in zip(reads, predicted, strict=True):
+        if ours == theirs:
+            raise UserError(
+                f"--sae.output-hookpoint {theirs.name} is what it is predicted from: name another, or none"
+            )
+    return list(zip(reads, predicted, strict=True))

@@ -159,7 +159,7 @@ def _difference(full: PreTrainedModel, truncated: PreTrainedModel) -> str | None
     return None
 
 
-def _cut(meta: PreTrainedModel, lm: LMConfig, num_layers: int) -> PreTrainedConfig:
+def cut_config(meta: PreTrainedModel, lm: LMConfig, num_layers: int) -> PreTrainedConfig:
     """The configuration with which to load: the truncated one where that computes the same, else the whole."""
     total = meta.config.get_text_config().num_hidden_layers
     if num_layers >= total:
@@ -208,7 +208,7 @@ def load_lm(
         if not sites:
             raise ValueError("load_lm needs the sites to compute, or all_layers=True")
         num_layers = min(num_layers, num_layers_needed(sites))
-    config = _cut(meta, lm, num_layers)
+    config = cut_config(meta, lm, num_layers)
     where: dict[str, Any] = {"device_map": {"": device}}
     if layout.shard_size > 1:
         where = {

@@ -30,18 +30,21 @@ def choose_latent(
     accumulates: bool = False,
     first_tokens: int = 0,
     act_bytes: int = 4,
+    other_width: int = 0,
 ) -> Choice:
     """How many ranks should hold one SAE between them.
 
     Of the numbers that divide the ranks of a node, so that latents stay on its links, and every d_sae: the one that
     sends least, AuxK included, among those that fit into `memory_bytes`, what a rank has for its SAEs (None: not known,
     all fit); the smaller of equals. Where none fits, the smallest beyond a node that does. Where nothing does, the
-    largest, and the reason says so. The other arguments are those of `sae_bytes`; `accumulates` that of `all_bytes`.
+    largest, and the reason says so. The other arguments are those of `sae_bytes`; `accumulates` that of `all_bytes`;
+    `other_width`: of the hookpoints whose batches wait while one SAE steps.
     """
 
     def needs(num_latent: int) -> int:
         mesh = num_latent, num_ranks // num_latent, batch_tokens, shard_optimizer, first_tokens, act_bytes
-        return all_bytes([sae_bytes(shape, *mesh) for shape in saes], accumulates=accumulates)
+        waiting = batch_tokens * num_latent // num_ranks * other_width * act_bytes
+        return all_bytes([sae_bytes(shape, *mesh) for shape in saes], accumulates=accumulates) + waiting
 
     def sends(num_latent: int) -> float:
         steps = [step_shape(s, num_ranks, num_latent, batch_tokens, shard_optimizer, act_bytes) for s in saes]
@@ -107,6 +110,11 @@ def step_shape(
         act_bytes=act_bytes,
         shard_optimizer=shard_optimizer,
         centred=sae.centred,
+        num_vectors=sae.num_vectors,
+        num_sums=sae.num_sums,
+        weight_bytes=sae.weight_bytes,
+        encoder_bytes=sae.encoder_bytes,
+        skip=sae.skip,
     )
 
 

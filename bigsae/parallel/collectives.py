@@ -53,17 +53,23 @@ def sum_to_parts(tensor: Tensor, group: ProcessGroup | None) -> Tensor:
     return part
 
 
-def gather_on_host(tensor: Tensor, group: ProcessGroup | None) -> Tensor:
-    """As `gather`, with the result on the CPU: one rank's part after the other passes through the device."""
+def gather_on_host(tensor: Tensor, group: ProcessGroup | None, keep: bool = True) -> Tensor:
+    """As `gather`, with the result on the CPU: one rank's part after the other passes through the device.
+
+    Ranks without `keep` get an empty tensor.
+    """
     if group is None:
         return tensor.cpu()
-    part = torch.empty_like(tensor)
-    parts = []
-    for source in dist.get_process_group_ranks(group):
-        sent = tensor.contiguous() if source == dist.get_rank() else part
+    sources = dist.get_process_group_ranks(group)
+    num_rows = len(tensor) * len(sources) if keep else 0
+    whole = torch.empty(num_rows, *tensor.shape[1:], dtype=tensor.dtype)
+    received = torch.empty_like(tensor)
+    for i, source in enumerate(sources):
+        sent = tensor.contiguous() if source == dist.get_rank() else received
         dist.broadcast(sent, src=source, group=group)
-        parts.append(sent.to("cpu", copy=True))
-    return torch.cat(parts)
+        if keep:
+            whole[i * len(tensor) : (i + 1) * len(tensor)] = sent
+    return whole
 
 
 def objects(value: Any, group: ProcessGroup | None) -> list[Any]:

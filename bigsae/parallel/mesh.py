@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from dataclasses import dataclass, replace
 from typing import cast
@@ -72,14 +73,14 @@ def build_mesh(num_latent: int = 1) -> Mesh:
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return alone(device)
     num_ranks = dist.get_world_size()
-    on_gloo = dist.get_backend() == "gloo"
+    assert dist.group.WORLD is not None
     mesh = Mesh(
         rank=dist.get_rank(),
         num_ranks=num_ranks,
         num_local_ranks=int(os.environ.get("LOCAL_WORLD_SIZE", str(num_ranks))),
         device=device,
         data=dist.group.WORLD,
-        control=dist.group.WORLD if on_gloo else cast(ProcessGroup, dist.new_group(backend="gloo")),
+        control=_on_cpu(dist.group.WORLD),
         world=dist.group.WORLD,
     )
     return share_latents(mesh, num_latent)
@@ -94,8 +95,8 @@ def share_latents(mesh: Mesh, num_latent: int) -> Mesh:
     """The same ranks with `num_latent` of them, a divisor, to an SAE. All ranks call this."""
     if mesh.num_ranks == 1:
         return mesh
-    ranks = torch.arange(mesh.num_ranks).view(-1, num_latent)
-    devices = DeviceMesh(mesh.device.type, ranks.T.contiguous(), mesh_dim_names=("latent", "data"))
+    assert mesh.world is not None
+    devices = _devices(mesh.world, mesh.device.type, num_latent)
     return replace(
         mesh,
         data=devices.get_group("data") if num_latent < mesh.num_ranks else None,
@@ -103,6 +104,18 @@ def share_latents(mesh: Mesh, num_latent: int) -> Mesh:
         num_latent=num_latent,
         devices=devices,
     )
+
+
+# Groups are made once: their descriptors and threads, on GPUs communicators, stay until the process ends.
+@functools.cache
+def _on_cpu(world: ProcessGroup) -> ProcessGroup:
+    return world if dist.get_backend(world) == "gloo" else cast(ProcessGroup, dist.new_group(backend="gloo"))
+
+
+@functools.cache
+def _devices(world: ProcessGroup, device_type: str, num_latent: int) -> DeviceMesh:
+    ranks = torch.arange(dist.get_world_size(world)).view(-1, num_latent)
+    return DeviceMesh(device_type, ranks.T.contiguous(), mesh_dim_names=("latent", "data"))
 
 
 def rows_of_all(rows: Tensor, mesh: Mesh, over_data: bool = False) -> Tensor:

@@ -1,7 +1,7 @@
-"""What one TopK SAE's step sends, as numbers: every collective of training/ and sae/ on a mesh, by name and size.
+"""What an SAE's step sends, as numbers: every collective of training/ and sae/ on a mesh, by name and size.
 
-Other architectures differ in the candidates, which they have none of (batchtopk counts digits instead, 16 KB a time),
-and in scalars.
+Only topk has candidates. Not counted are the scalars of the other architectures, and of batchtopk and matryoshka the
+histograms of the selection: 16 KB a time, over all ranks, as often as the values ask for, about four times a step.
 
 docs/mesh.md explains the terms; tests/distributed/test_traffic.py counts the collectives of real steps against them.
 """
@@ -32,6 +32,16 @@ class StepShape:
     act_bytes: int = 4
     """Bytes of an activation as it waits in the buffer."""
     shard_optimizer: bool = False
+    num_vectors: int = 1
+    """Parameters with one element a latent."""
+    num_sums: int = 1
+    """Reconstructions whose parts are added up."""
+    weight_bytes: int = 4
+    """Of an element of the weights."""
+    encoder_bytes: int = 4
+    """Of an element of what the encoder's matmul writes."""
+    skip: bool = False
+    """Whether there is a W_skip."""
     centred: bool = True
     """Whether the encoder's input has b_dec subtracted, whose gradient then has a part for each latent."""
 
@@ -73,6 +83,7 @@ def _forward(shape: StepShape) -> list[Payload]:
     group_tokens = shape.batch_tokens // shape.num_data
     own_tokens = group_tokens // shape.num_latent
     d_own = shape.d_sae // shape.num_latent
+    reconstruction = group_tokens * d_out * max(shape.weight_bytes, shape.encoder_bytes)
     payloads = [Payload("tokens", "all_gather", "latent", own_tokens * shape.d_in * shape.act_bytes)]
     if shape.d_out is not None:
         payloads += [Payload("targets", "all_gather", "latent", own_tokens * d_out * shape.act_bytes)]
@@ -80,14 +91,16 @@ def _forward(shape: StepShape) -> list[Payload]:
     if shape.k_aux is not None:
         payloads += [Payload("number of dead latents", "all_reduce", "latent", 8)]
     payloads += [
-        Payload("candidates", "all_gather", "latent", group_tokens * min(shape.k, d_own) * 4),
-        Payload("reconstruction", "all_reduce", "latent", group_tokens * d_out * 4),
+        Payload(
+            "candidates", "all_gather", "latent", group_tokens * min(shape.k, d_own) * shape.encoder_bytes
+        ),
+        Payload("reconstruction", "all_reduce", "latent", shape.num_sums * reconstruction),
     ]
     if shape.k_aux is not None:
         k_own = min(shape.k_aux, shape.d_sae, d_own)
         payloads += [
-            Payload("AuxK candidates", "all_gather", "latent", group_tokens * k_own * 4),
-            Payload("AuxK reconstruction", "all_reduce", "latent", group_tokens * d_out * 4),
+            Payload("AuxK candidates", "all_gather", "latent", group_tokens * k_own * shape.encoder_bytes),
+            Payload("AuxK reconstruction", "all_reduce", "latent", reconstruction),
             Payload("AuxK moments", "all_reduce", "data", (d_out + 1) * 8),
         ]
     return payloads
@@ -95,19 +108,20 @@ def _forward(shape: StepShape) -> list[Payload]:
 
 def _backward(shape: StepShape) -> list[Payload]:
     d_out, d_own = shape.d_out or shape.d_in, shape.d_sae // shape.num_latent
-    matrices = d_own * (shape.d_in + d_out)
+    matrices, w = d_own * (shape.d_in + d_out), shape.weight_bytes
+    skipped = shape.d_in if shape.skip else 0
     payloads = []
     if shape.centred and shape.d_out is None:
-        payloads += [Payload("gradient of b_dec by the encoder", "all_reduce", "latent", shape.d_in * 4)]
+        payloads += [Payload("gradient of b_dec by the encoder", "all_reduce", "latent", shape.d_in * w)]
     reduction = "reduce_scatter" if shape.shard_optimizer else "all_reduce"
     payloads += [
         Payload("gradients of W_enc and W_dec", reduction, "data", matrices * shape.grad_bytes),
-        Payload("gradient of b_enc", reduction, "data", d_own * 4),
-        Payload("gradient of b_dec", "all_reduce", "data", d_out * 4),
+        Payload("gradients of the vectors", reduction, "data", d_own * shape.num_vectors * w),
+        Payload("gradients of b_dec and W_skip", "all_reduce", "data", d_out * (1 + skipped) * w),
         Payload("gradient norm", "all_reduce", "latent", 4),
     ]
     if shape.shard_optimizer:
-        part = (matrices + d_own) // shape.num_data * 4
+        part = (matrices + d_own * shape.num_vectors) // shape.num_data * w
         payloads += [
             Payload("gradient norm", "all_reduce", "data", 4),
             Payload("weights", "all_gather", "data", part),

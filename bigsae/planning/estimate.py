@@ -36,6 +36,8 @@ class Bytes:
     buffer_on_host: bool
     saes: tuple[SAEBytes, ...]
     accumulates: bool
+    other_batches: int = 0
+    """Of a step: what it holds of the hookpoints whose SAEs are not in their turn."""
 
     @property
     def lm_step(self) -> int:
@@ -51,7 +53,7 @@ class Bytes:
     @property
     def sae_step(self) -> int:
         """What the step of one SAE needs beside it."""
-        return all_bytes(self.saes, accumulates=self.accumulates) - self.sae_kept
+        return all_bytes(self.saes, accumulates=self.accumulates) - self.sae_kept + self.other_batches
 
     @property
     def peak(self) -> int:
@@ -142,6 +144,10 @@ def bytes_of(config: PlanConfig, facts: LMFacts, saes: Sequence[SAEShape], mesh:
             for shape in own_saes(saes, mesh)
         ),
         accumulates=config.optim.accumulation_steps > 1,
+        other_batches=config.batch_size_tokens
+        // mesh.num_data
+        * (sum(facts.widths.values()) - max(facts.widths.values()))
+        * DTYPE_BYTES[config.buffer.dtype],
     )
 
 
@@ -175,7 +181,12 @@ def estimate(config: PlanConfig, facts: LMFacts, mesh: Mesh, reason: str) -> Est
         reason=reason,
         bytes=bytes_of(config, facts, saes, mesh),
         memory=memory_of(config),
-        checkpoint=checkpoint_bytes(saes, _buffer(config, facts), config.gpus),
+        checkpoint=checkpoint_bytes(
+            saes,
+            _buffer(config, facts),
+            config.gpus,
+            mesh.num_data if config.optim.accumulation_steps > 1 else 0,
+        ),
         stages=stages,
         auxk_stages=auxk if any(s.k_aux for s in own) else (),
     )

@@ -9,9 +9,9 @@ from typing import Any
 
 from torch import nn
 
-from bigsae.config import LMConfig, UserError
+from bigsae.config import LMConfig
 from bigsae.lm import loading
-from bigsae.lm.hookpoints import Hookpoint, decoder_layers, locate, resolve_hookpoints
+from bigsae.lm.hookpoints import decoder_layers, locate, resolve_targets
 from bigsae.lm.loading import meta_model
 from bigsae.parallel.memory import DTYPE_BYTES
 from bigsae.planning.options import PlanConfig
@@ -113,30 +113,17 @@ class LMFacts:
 def lm_facts(config: PlanConfig) -> LMFacts:
     """What can be known of `config`'s model and hookpoints without weights. Raises UserError."""
     meta, _ = meta_model(config.model, config.lm)
-    targets = _targets(config, meta)
+    targets = resolve_targets(config.hookpoints, config.sae.output_hookpoint, meta)
     sites = locate(meta, list({h.name: h for pair in targets for h in pair}.values()))
     widths = {site.name: site.d_in for site in sites}
     targets.sort(key=lambda pair: list(widths).index(pair[0].name))
     num_needed = max(1, 1 + max(site.layer for site in sites))
     # The one place that knows whether layers can be left out.
-    kept = loading._cut(meta, config.lm, num_needed).get_text_config().num_hidden_layers
+    kept = loading.cut_config(meta, config.lm, num_needed).get_text_config().num_hidden_layers
     if config.eval.ce:
         kept = meta.config.get_text_config().num_hidden_layers
     facts = _facts(meta, kept, num_needed, widths, tuple((a.name, b.name) for a, b in targets))
     return replace(facts, logits_width=loading.vocab_size(meta.config)) if config.eval.ce else facts
-
-
-def _targets(config: PlanConfig, meta: Any) -> list[tuple[Hookpoint, Hookpoint]]:
-    reads = resolve_hookpoints(config.hookpoints, meta)
-    if not config.sae.output_hookpoint:
-        return [(hookpoint, hookpoint) for hookpoint in reads]
-    predicted = resolve_hookpoints(config.sae.output_hookpoint, meta, flag="--sae.output-hookpoint")
-    if len(reads) != len(predicted):
-        raise UserError(
-            f"--hookpoints names {len(reads)} activations and --sae.output-hookpoint {len(predicted)}: they pair up "
-            "one to one"
-        )
-    return list(zip(reads, predicted, strict=True))
 
 
 def _facts(

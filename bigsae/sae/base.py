@@ -154,7 +154,16 @@ class SAE(nn.Module, ABC):
         gather = latents.gather if latents.num_ranks > 1 else None
         rows = self.slab_rows(encoder_input.dtype)
         return topk_pairs(
-            encoder_input, self.W_enc, bias, k, latents.rank, gather, mask=mask, relu=relu, slab_rows=rows
+            encoder_input,
+            self.W_enc,
+            bias,
+            k,
+            latents.rank,
+            latents.num_ranks,
+            gather,
+            mask=mask,
+            relu=relu,
+            slab_rows=rows,
         )
 
     def encode_batchtopk(

@@ -124,11 +124,15 @@ def _initialise(run: Run) -> None:
     per_rank = min(run.config.sae.init_tokens // run.mesh.num_ranks, run.config.buffer.tokens)
     # Where the data ended within the first filling, every rank gives what each of them has.
     num_tokens = collectives.min_int(min(max(per_rank, 1), run.harvest.buffer.num_unread), run.mesh.control)
-    first = run.routing(run.harvest.buffer.peek(num_tokens))
-    for name, trainer in run.trainers.items():
-        x, y = _inputs_and_targets(run.jobs[name], first)
-        device = run.mesh.device
-        trainer.initialise(x.to(device), y.to(device) if y is not None else None)
+    first, device = run.harvest.buffer.peek(num_tokens), run.mesh.device
+    # One hookpoint after the other: these are many more tokens than a batch.
+    for pair in dict.fromkeys((job.reads, job.predicts) for job in run.jobs.values()):
+        routed = run.routing({name: first[name] for name in dict.fromkeys(pair)})
+        for name, trainer in run.trainers.items():
+            job = run.jobs[name]
+            if (job.reads, job.predicts) == pair:
+                x, y = _inputs_and_targets(job, routed)
+                trainer.initialise(x.to(device), y.to(device) if y is not None else None)
     run.initialised = True
 
 
@@ -196,14 +200,13 @@ def _measure(run: Run) -> None:
 def _export(run: Run) -> None:
     """Each SAE, folded, to its folder in the run's."""
     for name, trainer in run.trainers.items():
-        job, mesh = run.jobs[name], trainer.mesh
-        if mesh.latent is None and not mesh.is_main:
+        exported = trainer.export()
+        if exported is None:
             continue
-        frequencies, sae = trainer.frequencies(), trainer.folded()
-        if mesh.is_main:
-            num_tokens = run.step * run.config.batch_size_tokens
-            sae.metadata = run.metadata | {"hook_name": job.reads, "training_tokens": num_tokens}
-            if job.predicts != job.reads:
-                sae.metadata["hook_name_out"] = job.predicts
-            save_sae(sae, run.out / name, frequencies)
+        job, (sae, frequencies) = run.jobs[name], exported
+        num_tokens = run.step * run.config.batch_size_tokens
+        sae.metadata = run.metadata | {"hook_name": job.reads, "training_tokens": num_tokens}
+        if job.predicts != job.reads:
+            sae.metadata["hook_name_out"] = job.predicts
+        save_sae(sae, run.out / name, frequencies)
     collectives.barrier(run.mesh.control)

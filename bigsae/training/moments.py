@@ -24,9 +24,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.adam import adam
 
+from bigsae.parallel.memory import MOMENT_BLOCK as BLOCK
+
 MomentsDtype = Literal["float32", "bfloat16", "int8"]
-BLOCK = 256
-"""Values that share a scale in int8."""
 
 _LEVELS = {"exp_avg": 127, "exp_avg_sq": 255}
 _SMALLEST_SCALE = 1e-36  # below it a block is as good as zero; without it, a block of zeros would be 0 / 0

@@ -72,9 +72,9 @@ class Routing:
         assert self.owners is not None
         received: dict[str, Tensor] = {}
         sent = []
-        for name, owners in self.owners.items():
-            x = self._here(batch[name]).contiguous()
-            for owner in owners:
+        for name, value in batch.items():
+            x = self._here(value).contiguous()
+            for owner in self.owners[name]:
                 parts = None
                 if owner == self.mesh.rank:
                     whole = x.new_empty(len(x) * self.mesh.num_ranks, x.shape[1])

@@ -146,14 +146,25 @@ def _deal_sums(run: Run, saved: Saved) -> None:
         for key, own in trainer.rank_tensors().items():
             by_latents = key == "window_active"
             writers = range(saved.num_ranks) if by_latents and owner is None else apart
-            num_parts = num_latent if owner is None and trainer.has_rows(key) else 1
-            shape = (trainer.sae.d_sae // num_parts, *own.shape[1:]) if trainer.has_rows(key) else own.shape
-            parts = [own.new_zeros(shape) for _ in range(num_parts)]
-            for latent_rank, part in enumerate(parts):
+            own.zero_()
+            if mesh.data_rank or (mesh.latent_rank and by_latents):
+                continue
+            if not trainer.has_rows(key):
                 for rank in writers:
-                    read = torch.zeros_like(part)
-                    checkpoint.read_tensors(saved, {f"rank_{rank + latent_rank}/{name}/{key}": read})
-                    part += read
-            whole = trainer.sae.shape.latents.own(torch.cat(parts)) if trainer.has_rows(key) else parts[0]
-            goes_on = mesh.data_rank == 0 and (mesh.latent_rank == 0 or not by_latents)
-            own.copy_(whole if goes_on else torch.zeros_like(own))
+                    own += _read_one(saved, f"rank_{rank}/{name}/{key}", own, len(own) if own.dim() else 0)
+                continue
+            num_parts = num_latent if owner is None else 1
+            size, first = trainer.sae.d_sae // num_parts, mesh.latent_rank * len(own)
+            for part in range(first // size, -(-(first + len(own)) // size)):
+                start, stop = max(first, part * size), min(first + len(own), (part + 1) * size)
+                for rank in writers:
+                    rows = _read_one(saved, f"rank_{rank + part}/{name}/{key}", own, size)
+                    own[start - first : stop - first] += rows[start - part * size : stop - part * size]
+
+
+def _read_one(saved: Saved, name: str, like: Tensor, num_rows: int) -> Tensor:
+    """The tensor `name` of a checkpoint, with as many rows, on the device of `like`, through the host's memory."""
+    shape = (num_rows, *like.shape[1:]) if like.dim() else ()
+    read = torch.zeros(shape, dtype=like.dtype)
+    checkpoint.read_tensors(saved, {name: read})
+    return read.to(like.device)

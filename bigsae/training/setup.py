@@ -17,7 +17,6 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from transformers import PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
 from bigsae.checks import check, resolve_d_sae
@@ -28,7 +27,7 @@ from bigsae.data.buffer import ActivationBuffer
 from bigsae.data.harvest import Harvest
 from bigsae.kernels.dispatch import backend
 from bigsae.lm.activations import Extractor
-from bigsae.lm.hookpoints import Hookpoint, Site, locate, resolve_hookpoints
+from bigsae.lm.hookpoints import Site, locate, resolve_targets
 from bigsae.lm.loading import (
     download_lm,
     load_lm,
@@ -58,7 +57,14 @@ from bigsae.training.sharing import build_trainers, check_mesh, choose_mesh
 from bigsae.training.signals import StopSignal
 from bigsae.training.start import load_start
 from bigsae.training.state import Run
-from bigsae.training.variants import Job, Variant, check_variants, make_jobs, variants
+from bigsae.training.variants import (
+    Job,
+    Variant,
+    check_variants,
+    make_jobs,
+    variants,
+    with_sweep_read,
+)
 
 logger = logging.getLogger("bigsae")
 
@@ -77,6 +83,7 @@ def prepare(config: TrainConfig, stop: StopSignal) -> tuple[Run, Callable[[], No
             cache = find_cache(config.activations)
         config = with_origin(config, cache)
     check(config, mesh.num_ranks)
+    config = with_sweep_read(config)
     made = variants(config)
     check_variants(config, made)
     folder.check_folder(config)
@@ -85,7 +92,7 @@ def prepare(config: TrainConfig, stop: StopSignal) -> tuple[Run, Callable[[], No
     layout = resolve_layout(config.lm, mesh.num_ranks, mesh.num_local_ranks)
     with first_on_node(mesh):
         meta, lm_config = meta_model(config.model, config.lm)
-    targets = _targets(config, meta)
+    targets = resolve_targets(config.hookpoints, config.sae.output_hookpoint, meta)
     sites = locate(meta, list({h.name: h for pair in targets for h in pair}.values()))
     widths = {site.name: site.d_in for site in sites}
     targets.sort(key=lambda pair: list(widths).index(pair[0].name))  # as the forward meets them
@@ -184,7 +191,7 @@ def _begin(
 ) -> tuple[Run, Callable[[], None]]:
     """The run of what is `given`, resumed where `config` asks for that, and a function that closes it."""
     harvest, rows = given.harvest, given.rows
-    mesh = choose_mesh(config, mesh, jobs, widths, harvest.buffer.num_bytes())
+    mesh = choose_mesh(config, mesh, jobs, widths)
     from_scratch = _from_scratch(config)
     trainers = build_trainers(config, mesh, jobs, widths, from_scratch=from_scratch)
     run = Run(
@@ -227,25 +234,6 @@ def _errors_shared(mesh: Mesh) -> Iterator[None]:
         message = str(error)
     if message := collectives.first_text(message, mesh.control):
         raise UserError(message)
-
-
-def _targets(config: TrainConfig, meta: PreTrainedModel) -> list[tuple[Hookpoint, Hookpoint]]:
-    """What each SAE reads and what it predicts, by the names in `config`."""
-    reads = resolve_hookpoints(config.hookpoints, meta)
-    if not config.sae.output_hookpoint:
-        return [(hookpoint, hookpoint) for hookpoint in reads]
-    predicted = resolve_hookpoints(config.sae.output_hookpoint, meta, flag="--sae.output-hookpoint")
-    if len(reads) != len(predicted):
-        raise UserError(
-            f"--hookpoints names {len(reads)} activations and --sae.output-hookpoint {len(predicted)}: they pair up "
-            "one to one"
-        )
-    for ours, theirs in zip(reads, predicted, strict=True):
-        if ours == theirs:
-            raise UserError(
-                f"--sae.output-hookpoint {theirs.name} is what it is predicted from: name another, or none"
-            )
-    return list(zip(reads, predicted, strict=True))
 
 
 def _accelerator(config: TrainConfig) -> Accelerator:

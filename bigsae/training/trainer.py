@@ -18,6 +18,7 @@ from bigsae.checks import (
 from bigsae.config import OptimConfig, SAEConfig
 from bigsae.parallel import collectives
 from bigsae.parallel.latents import latents_of
+from bigsae.parallel.memory import SPARSE_BELOW
 from bigsae.parallel.mesh import Mesh, rows_of_all
 from bigsae.sae.base import SAE, layer_norm
 from bigsae.sae.build import build_sae, empty_like
@@ -30,9 +31,6 @@ from bigsae.training.schedule import lr_schedule, sparsity_schedule
 from bigsae.training.start import copy_weights, unit_decoder_
 from bigsae.training.update import Update
 
-# Below this density of firing latents the sparse path is the faster one. JumpReLU, forward and backward, [2048, 576] x
-# 16,384, one thread: dense 2.7 s; sparse 0.57, 0.98, 1.28, 2.08 s at densities of 0.2, 1.6, 3.1, 6.3 %.
-_SPARSE_BELOW = 1 / 16
 _STEPS_BETWEEN_DENSITIES = 32
 _FIRST_DENSITY_ROWS = 256
 
@@ -77,6 +75,7 @@ class SAETrainer:
             mesh,
             unit_decoder=config.normalize_decoder,
             shard_optimizer=shard_optimizer,
+            seed=seed,
         )
         self.schedule = lr_schedule(optim, num_steps)
         self.sparsity = sparsity_schedule(config, num_steps)
@@ -170,7 +169,7 @@ class SAETrainer:
             self.mesh.data,
             self.ranks,
             self.sparsity(self.step),
-            sparse=self.density < _SPARSE_BELOW,
+            sparse=self.density < SPARSE_BELOW,
         )
 
     def _dead_latents(self, num_tokens: int) -> DeadLatents | None:
@@ -232,8 +231,25 @@ class SAETrainer:
 
         Where several ranks hold it they all call this, and get it on the CPU.
         """
-        sae = empty_like(self.sae, self.config)
         state = {name: self._whole(name, t.detach()) for name, t in self.sae.state_dict().items()}
+        return self._folded(state)
+
+    @torch.no_grad()
+    def export(self) -> tuple[SAE, Tensor] | None:
+        """As `folded` and `frequencies`, for one rank alone: None on the others, which keep nothing of it.
+
+        All ranks that hold the SAE call this. It is the first of them that gets it, on the CPU where it is shared.
+        """
+        mesh = self.mesh
+        if mesh.data_rank:
+            return None
+        keep = mesh.latent_rank == 0
+        state = {name: self._whole(name, t.detach(), keep) for name, t in self.sae.state_dict().items()}
+        frequencies = self._whole("frequencies", self.firing.frequencies(), keep)
+        return (self._folded(state), frequencies) if keep else None
+
+    def _folded(self, state: dict[str, Tensor]) -> SAE:
+        sae = empty_like(self.sae, self.config)
         sae.load_state_dict(state, assign=True)
         sae.requires_grad_(False).cast_(torch.float32)
         sae.fold_scales_(self.scale, self.out_scale)
@@ -243,11 +259,16 @@ class SAETrainer:
         """Share of tokens on which each latent fires, float32 [d_sae]; all ranks that hold the SAE call this."""
         return self._whole("frequencies", self.firing.frequencies())
 
-    def _whole(self, name: str, tensor: Tensor) -> Tensor:
-        """A copy of `tensor`, with the rows of all latents where it has a row for each latent."""
-        if self.mesh.latent is None or name in self.sae.shared or tensor.dim() == 0:
+    def _whole(self, name: str, tensor: Tensor, keep: bool = True) -> Tensor:
+        """A copy of `tensor`, with the rows of all latents where it has a row for each latent.
+
+        On a mesh on the CPU. Without `keep` this rank takes part in bringing them together, and gets none.
+        """
+        if self.mesh.latent is None:
             return tensor.clone()
-        return collectives.gather_on_host(tensor, self.mesh.latent)
+        if name in self.sae.shared or tensor.dim() == 0:
+            return tensor.to("cpu", copy=True)
+        return collectives.gather_on_host(tensor, self.mesh.latent, keep)
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensors of a checkpoint that ranks hold together: on a mesh as DTensors over it."""

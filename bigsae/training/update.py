@@ -40,7 +40,9 @@ class Update:
         *,
         unit_decoder: bool,
         shard_optimizer: bool,
+        seed: int,
     ):
+        """`seed` decides how moments below float32 are rounded."""
         self.sae, self.optim, self.mesh, self.unit_decoder = sae, optim, mesh, unit_decoder
         self.sliced = shard_optimizer and mesh.num_data > 1
         parameters = dict(sae.named_parameters())
@@ -54,7 +56,7 @@ class Update:
         first_row = sae.shape.latents.rank * sae.d_own
         if self.sliced:
             first_row += self._first_row(sae.W_dec)
-        self.adam = build_adam(self.updated, optim, lr_factors, first_row=first_row)
+        self.adam = build_adam(self.updated, optim, lr_factors, seed=seed, first_row=first_row)
 
     def _own_slice(self, name: str, parameter: nn.Parameter) -> nn.Parameter:
         if not self.sliced or name in self.sae.shared:

@@ -60,9 +60,12 @@ def _points(sweep: Sequence[str]) -> list[dict[str, Any]]:
     """The options of each point of the grid, or of each entry of a file's list."""
     if len(sweep) == 1 and "=" not in sweep[0]:
         values = _read(sweep[0])
-        if isinstance(values, list):
+        if isinstance(values, list) and values:
             return [_options(point, sweep[0]) for point in values]
         grid = _options(values, sweep[0])
+        for option, choices in grid.items():
+            if choices == []:
+                raise UserError(f"--sweep {sweep[0]}: {option} has no values: give some, or leave it out")
     else:
         grid = dict(map(_axis, sweep))
         if len(grid) < len(sweep):
@@ -71,9 +74,17 @@ def _points(sweep: Sequence[str]) -> list[dict[str, Any]]:
     return [dict(zip(grid, point, strict=True)) for point in itertools.product(*axes)]
 
 
+def with_sweep_read(config: TrainConfig) -> TrainConfig:
+    """`config` with the content of a --sweep file in the place of its path: the run is what it was, if that changes."""
+    if len(config.sweep) != 1 or "=" in config.sweep[0]:
+        return config
+    return replace(config, sweep=(json.dumps(_read(config.sweep[0])),))
+
+
 def _read(path: str) -> Any:
+    """The values in the file at `path`, or in `path` itself, as the config.json of a run has them."""
     try:
-        return json.loads(Path(path).read_text())
+        return json.loads(path if path.startswith(("[", "{")) else Path(path).read_text())
     except OSError as error:
         raise UserError(
             f"--sweep {path} cannot be read ({error.strerror}): give a .json file, or options like {_EXAMPLE}"
@@ -164,9 +175,29 @@ def make_jobs(
     costs = [resolve_d_sae(job.variant.sae, widths[job.reads]) * widths[job.reads] for job in jobs]
     if num_owners is None:
         return jobs
-    loads = [0] * num_owners
-    owners: dict[str, int] = {}
-    for cost, job in sorted(zip(costs, jobs, strict=True), key=lambda pair: -pair[0]):
-        owners[job.name] = loads.index(min(loads))
-        loads[owners[job.name]] += cost
-    return [replace(job, owner=owners[job.name]) for job in jobs]
+    owners = _dealt(costs, [job.reads for job in jobs], num_owners)
+    return [replace(job, owner=owner) for job, owner in zip(jobs, owners, strict=True)]
+
+
+def _dealt(costs: Sequence[int], reads: Sequence[str], num_owners: int) -> list[int]:
+    """A rank for each SAE: as even as each to the one with least to do, and of such with few owners a hookpoint.
+
+    Each owner of SAEs that read a hookpoint gets its activations.
+    """
+    plain, most = _deal(costs, reads, num_owners, 0)
+    grouped, most_grouped = _deal(costs, reads, num_owners, most)
+    return grouped if most_grouped <= most else plain
+
+
+def _deal(costs: Sequence[int], reads: Sequence[str], num_owners: int, limit: int) -> tuple[list[int], int]:
+    """The largest first, each to a rank that reads its hookpoint, up to `limit` of work, else to the idlest."""
+    loads, owners = [0] * num_owners, [0] * len(costs)
+    readers: dict[str, list[int]] = {}
+    for i in sorted(range(len(costs)), key=lambda i: -costs[i]):
+        known = readers.setdefault(reads[i], [])
+        owner = next((r for r in known if loads[r] + costs[i] <= limit), loads.index(min(loads)))
+        owners[i] = owner
+        loads[owner] += costs[i]
+        if owner not in known:
+            known.append(owner)
+    return owners, max(loads)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ import torch.distributed as dist
 import bigsae
 from bigsae.config import UserError
 from bigsae.sae.base import SAE
-from bigsae.training.variants import variants
+from bigsae.training.variants import Variant, make_jobs, variants, with_sweep_read
 from tests.distributed.ranks import run_ranks
 from tests.launch import metrics, write_corpus
 from tests.models import tiny_llama
@@ -99,9 +101,14 @@ def several(home: Path) -> dict[str, Any]:
     return results
 
 
-def test_saes_dealt_to_ranks(home):
-    """As each alone, bit for bit; nearly as with a copy on every rank; and what is read goes to its owners once."""
-    for result in run_ranks(2, several, home):
+@pytest.fixture(scope="module")
+def dealt(home) -> list[dict[str, Any]]:
+    return run_ranks(2, several, home)
+
+
+def test_saes_dealt_to_ranks(home, dealt):
+    """As each alone, bit for bit; nearly as with a copy on every rank; and what is read goes to its owner once."""
+    for result in dealt:
         saes = result["all"]["saes"]
         assert list(saes) == [f"{h}/{n}" for h in ("model.layers.0", "model.layers.1.mlp") for n in NAMES]
         for name, state in result["one"]["saes"].items():
@@ -110,9 +117,9 @@ def test_saes_dealt_to_ranks(home):
         for name, state in result["together"]["saes"].items():
             for key, tensor in state.items():
                 torch.testing.assert_close(tensor, saes[name][key], rtol=1e-4, atol=1e-5)
-        # Four SAEs on each of two hookpoints: both ranks own some of both, and get each hookpoint once a step.
+        # Four SAEs on each of two hookpoints: each rank owns those of one, and gets that one's activations once a step.
         steps = [size for _, size in result["all"]["sent"] if size == 32 * 32]
-        assert len(steps) == 20 * 2 * 2
+        assert len(steps) == 20 * 2
     rows = metrics(home / "dealt")
     assert {row["variant"] for row in rows} == set(NAMES)
     assert sum("heldout_fvu" in row for row in rows) == 8
@@ -124,8 +131,8 @@ def resume(home: Path) -> dict[str, Any]:
     return states(bigsae.train_saes(replace(made, resume=True)))
 
 
-def test_each_owner_goes_on(home):
-    """From the checkpoint in which each owner saved its SAEs, bit for bit. Comes after the test above."""
+def test_each_owner_goes_on(home, dealt):
+    """From the checkpoint in which each owner saved its SAEs, bit for bit."""
     shutil.copytree(home / "dealt", home / "again")
     for folder in (home / "again" / "checkpoints").iterdir():
         if folder.name != "step_8":
@@ -137,6 +144,39 @@ def test_each_owner_goes_on(home):
 
 def run_names() -> list[str]:
     return [f"{h}/{n}" for h in ("model.layers.0", "model.layers.1.mlp") for n in NAMES]
+
+
+@pytest.mark.parametrize(
+    ("num_reads", "num_variants", "num_owners", "most", "num_sent"),
+    [(8, 8, 8, 8, 8), (2, 4, 2, 4, 2), (1, 3, 2, 2, 2), (3, 1, 2, 2, 3), (3, 3, 2, 5, 4), (2, 1, 5, 1, 2)],
+)
+def test_dealing_is_even_and_sends_little(num_reads, num_variants, num_owners, most, num_sent):
+    """Of as many SAEs as wide as each other: the most of a rank, and to how many ranks hookpoints go in all."""
+    sweep = [
+        Variant(f"v{i}", bigsae.SAEConfig(d_sae=64), bigsae.OptimConfig(), 0) for i in range(num_variants)
+    ]
+    reads = [f"h{i}" for i in range(num_reads)]
+    jobs = make_jobs([(r, r) for r in reads], sweep, dict.fromkeys(reads, 16), num_owners)
+    assert max(Counter(job.owner for job in jobs).values()) == most
+    assert len({(job.reads, job.owner) for job in jobs}) == num_sent
+
+
+def test_a_sweep_of_a_file_is_kept_in_the_configuration(home, tmp_path):
+    """So that the run stays what it is when the file changes."""
+    file = tmp_path / "points.json"
+    file.write_text(json.dumps([{"sae.k": 2}, {"sae.k": 5, "seed": 3}]))
+    read = with_sweep_read(config(home, "kept", sweep=(str(file),)))
+    file.write_text("[]")
+    assert [variant.name for variant in variants(read)] == ["k_2", "k_5-seed_3"]
+    assert with_sweep_read(read) == read
+
+
+@pytest.mark.parametrize("content", ["[]", '{"sae.k": []}', "{}"])
+def test_empty_sweeps(home, tmp_path, content):
+    file = tmp_path / "points.json"
+    file.write_text(content)
+    with pytest.raises(UserError, match=r"--sweep .*points.json"):
+        variants(config(home, "wrong", sweep=(str(file),)))
 
 
 @pytest.mark.parametrize(
