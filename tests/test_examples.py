@@ -7,7 +7,6 @@ import re
 import subprocess
 from dataclasses import replace
 from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ from tests.models import tiny_llama
 
 ROOT = Path(__file__).parent.parent
 RECIPES = sorted((ROOT / "examples").glob("*.yaml"))
-HAS_CACHE = find_spec("bigsae.cache_activations") is not None
+HAS_CACHE = (ROOT / "bigsae" / "cache_activations.py").exists()
 
 
 def recipes() -> list:
