@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import re
 import subprocess
+from dataclasses import replace
 from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from tests.models import tiny_llama
 
 ROOT = Path(__file__).parent.parent
 RECIPES = sorted((ROOT / "examples").glob("*.yaml"))
-HAS_CACHE = find_spec("bigsae.cache_activations") is not None
+HAS_CACHE = (ROOT / "bigsae" / "cache_activations.py").exists()
 
 
 def recipes() -> list:
@@ -74,11 +74,15 @@ def test_it_is_launched_as_it_says(recipe, tmp_path, monkeypatch):
         if module == "bigsae.train":
             assert arguments[:2] == ["--config", f"examples/{recipe.name}"]
             config = parse_train_config(arguments)
+            if recipe.stem == "from_cache":
+                assert config.activations == "activations/gpt2"
+                # As the cache says, which is not there.
+                config = replace(
+                    config, model="openai-community/gpt2", dataset="x", hookpoints=("transformer.h.8",)
+                )
             check(config, num_ranks)
             check_variants(config, variants(config))
             assert config.resume and config.output_dir.startswith("runs/")
-            if recipe.stem == "from_cache":
-                assert config.activations == "activations/gpt2"
         else:
             assert_caches(arguments)
     assert "bigsae.train" in modules
