@@ -9,6 +9,7 @@ from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    BloomConfig,
     GPT2Config,
     GPTNeoXConfig,
     LlamaConfig,
@@ -101,6 +102,8 @@ CONFIGS = {
     "neox": GPTNeoXConfig(
         hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, vocab_size=50
     ),
+    # It has another norm behind its embedding.
+    "bloom": BloomConfig(hidden_size=16, n_layer=2, n_head=2, vocab_size=50),
     # It defines its final norm before its layers.
     "opt": OPTConfig(
         hidden_size=16, ffn_dim=16, num_hidden_layers=2, num_attention_heads=2, vocab_size=50, word_embed_proj_dim=16
@@ -110,6 +113,7 @@ NORMS = {
     "llama": "lm_head · model.norm",
     "gpt2": "lm_head · transformer.ln_f",
     "neox": "gpt_neox.final_layer_norm",
+    "bloom": "lm_head · transformer.ln_f",
     "opt": "lm_head · model.decoder.final_layer_norm",
 }
 
