@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -14,6 +15,7 @@ from transformers import (
     GPTNeoXConfig,
     LlamaConfig,
     OPTConfig,
+    PreTrainedTokenizerFast,
 )
 
 from bigsae.config import UserError
@@ -147,3 +149,14 @@ def test_tokens_are_read_as_they_stand_in_a_text(home):
     (byte, *_) = tokenizer.encode("é", add_special_tokens=False)
     assert texts.text(byte) == tokenizer.convert_ids_to_tokens(byte)  # half a character
     assert texts.text(tokenizer.bos_token_id) == "<bos>"
+
+
+def test_a_leading_space_is_kept_where_decoding_drops_it():
+    """As the tokenizers of Llama-2, Mistral and Gemma do at the beginning of a text."""
+    words = {"▁a": 0, "▁the": 1, "n": 2}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="n"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Metaspace()
+    texts = Texts(PreTrainedTokenizerFast(tokenizer_object=tokenizer), [])
+    assert tokenizer.decode([1]) == "the"
+    assert [texts.text(token) for token in range(3)] == [" a", " the", "n"]
