@@ -5,14 +5,17 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    BloomConfig,
     GPT2Config,
     GPTNeoXConfig,
     LlamaConfig,
     OPTConfig,
+    PreTrainedTokenizerFast,
 )
 
 from bigsae.config import UserError
@@ -101,6 +104,8 @@ CONFIGS = {
     "neox": GPTNeoXConfig(
         hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, vocab_size=50
     ),
+    # It has another norm behind its embedding.
+    "bloom": BloomConfig(hidden_size=16, n_layer=2, n_head=2, vocab_size=50),
     # It defines its final norm before its layers.
     "opt": OPTConfig(
         hidden_size=16, ffn_dim=16, num_hidden_layers=2, num_attention_heads=2, vocab_size=50, word_embed_proj_dim=16
@@ -110,6 +115,7 @@ NORMS = {
     "llama": "lm_head · model.norm",
     "gpt2": "lm_head · transformer.ln_f",
     "neox": "gpt_neox.final_layer_norm",
+    "bloom": "lm_head · transformer.ln_f",
     "opt": "lm_head · model.decoder.final_layer_norm",
 }
 
@@ -143,3 +149,14 @@ def test_tokens_are_read_as_they_stand_in_a_text(home):
     (byte, *_) = tokenizer.encode("é", add_special_tokens=False)
     assert texts.text(byte) == tokenizer.convert_ids_to_tokens(byte)  # half a character
     assert texts.text(tokenizer.bos_token_id) == "<bos>"
+
+
+def test_a_leading_space_is_kept_where_decoding_drops_it():
+    """As the tokenizers of Llama-2, Mistral and Gemma do at the beginning of a text."""
+    words = {"▁a": 0, "▁the": 1, "n": 2}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="n"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Metaspace()
+    texts = Texts(PreTrainedTokenizerFast(tokenizer_object=tokenizer), [])
+    assert tokenizer.decode([1]) == "the"
+    assert [texts.text(token) for token in range(3)] == [" a", " the", "n"]

@@ -167,6 +167,9 @@ def test_memory_is_the_planners(home, tmp_path):
     parts = dict(memory["parts"])
     assert memory["ranks"] == 1 and memory["known"]
     assert parts["buffer"] == (256 + 4 * 32) * 32 * 4
+    kept = AutoModelForCausalLM.from_pretrained(home / "lm", num_hidden_layers=2)
+    weights = 4 * sum(parameter.numel() for parameter in kept.parameters())
+    assert parts["language model"] == pytest.approx(weights, rel=0.01)
     assert parts["SAE weights"] == 4 * (2 * WIDTH * 32 + WIDTH + 32)
 
 
