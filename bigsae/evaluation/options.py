@@ -67,6 +67,8 @@ def check_options(config: EvaluateConfig) -> None:
         raise UserError(f"--ctx-len {config.ctx_len} must be at least 2")
     if config.dataset is None and config.data != DataConfig():
         raise UserError("--data.… does nothing without --dataset: set it, or leave --data.… out")
+    if config.dataset is None and config.seed:
+        raise UserError("--seed does nothing without --dataset: set it, or leave --seed out")
     if config.ablate_everywhere and not config.ce:
         raise UserError("--ablate-everywhere does nothing with --no-ce: leave one of them out")
     if config.lm.autocast and config.lm.dtype != "float32":

@@ -75,11 +75,15 @@ class _Edits:
                 raise ValueError(f"there is no latent {latent}: the SAE has {sae.d_sae}")
         self.fixed = torch.tensor(list(values), dtype=torch.long, device=sae.W_dec.device)
         self.values = torch.tensor(list(values.values()), dtype=sae.W_dec.dtype, device=sae.W_dec.device)
-        self.arguments: Mapping[str, Any] = {}
+        self.mask: Tensor | None = None
+        self.begins = True
         self.read = torch.empty(0)
 
     def begin(self, arguments: Mapping[str, Any]) -> None:
-        self.arguments = arguments
+        """Note what tells where rows begin, before the layers write into the cache."""
+        cache, mask = arguments.get("past_key_values"), arguments.get("attention_mask")
+        self.begins = cache is None or cache.get_seq_length() == 0
+        self.mask = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
 
     def note(self, x: Tensor) -> Tensor:
         self.read = x.clone()  # what runs after may write into it in place
@@ -107,8 +111,9 @@ class _Edits:
         else:
             spliced = self.sae.reconstruct_from(x, edited)
         spliced = spliced.to(y.dtype)
-        first = None if self.first_position else first_tokens(y, self.arguments)
-        return spliced if first is None else torch.where(first[..., None], y, spliced)
+        if self.first_position or not self.begins:
+            return spliced
+        return torch.where(first_tokens(y, self.mask)[..., None], y, spliced)
 
     def _edited(self, latents: Tensor) -> Tensor:
         edited = latents if self.edit is None else self.edit(latents.clone())
@@ -120,20 +125,13 @@ class _Edits:
         return edited
 
 
-def first_tokens(activation: Tensor, arguments: Mapping[str, Any]) -> Tensor | None:
-    """Which of `activation` [rows, ctx, d] is the first of its row, padding before it aside: bool [rows, ctx].
+def first_tokens(activation: Tensor, attention_mask: Tensor | None) -> Tensor:
+    """Which of `activation` [rows, ctx, d] is the first of its row, padding aside: bool [rows, ctx].
 
-    None where the call goes on from a cache. `arguments` are the call's, by name.
+    `attention_mask` is [rows, ctx], 0 for padding; None where there is no padding.
     """
-    cache = arguments.get("past_key_values")
-    if cache is not None and cache.get_seq_length() > 0:
-        return None
     rows, ctx = activation.shape[:2]
-    mask = arguments.get("attention_mask")
-    first = torch.zeros(rows, ctx, dtype=torch.bool, device=activation.device)
-    if isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape == (rows, ctx):
-        index = mask.to(activation.device).long().argmax(1)  # the first of the largest
-    else:
-        index = torch.zeros(rows, dtype=torch.long, device=activation.device)
-    first[torch.arange(rows, device=activation.device), index] = True
-    return first
+    first = torch.zeros(rows, dtype=torch.long, device=activation.device)
+    if attention_mask is not None:
+        first = attention_mask.to(activation.device).long().argmax(1)  # the first of the largest
+    return torch.arange(ctx, device=activation.device) == first[:, None]

@@ -122,13 +122,13 @@ def replacing(
     Before each call `on_call` gets its arguments, by name. Blocks may be nested. Gradients pass through.
     """
     plain = model.forward
-    signature = inspect.signature(plain)
+    names = list(inspect.signature(plain).parameters)
     envoys = _wrap(model, {hookpoint.path for hookpoint, _ in functions})
     trace = envoys[functions[0][0].path].trace
 
     @functools.wraps(plain)  # generate looks at the signature
     def forward(*args: Any, **kwargs: Any) -> Any:
-        on_call(signature.bind(*args, **kwargs).arguments)
+        on_call(dict(zip(names, args, strict=False)) | kwargs)
         results: list[Any] = []
         # nnsight is given a stand-in: it would move and batch the arguments, a cache among them.
         with trace(torch.empty(1), fn=lambda _: plain(*args, **kwargs)) as tracer:

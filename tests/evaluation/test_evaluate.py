@@ -269,7 +269,12 @@ def test_the_command(home, config, tmp_path, monkeypatch):
     [
         ({"saes": ()}, "--saes is empty"),
         ({"rows": 0}, "--rows 0 must be greater"),
-        ({"dataset": None}, "--dataset: .* lies in no run"),
+        ({"dataset": None, "seed": 0}, "--dataset: .* lies in no run"),
+        ({"dataset": None}, "--seed does nothing without --dataset"),
+        (
+            {"dataset": None, "seed": 0, "data": bigsae.DataConfig(num_shards=2)},
+            "does nothing without --dataset",
+        ),
         ({"model": None}, "--model: they name some/model"),
         ({"ce": False, "ablate_everywhere": True}, "--ablate-everywhere does nothing"),
         ({"hookpoints": ("model.layers.0",)}, "--hookpoints names 1 hookpoints for 2 SAEs"),
