@@ -45,7 +45,7 @@ def main() -> None:
     """Make the cache, train both ways, print and write what it took."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--quickstart", type=Path, default=Path(".quickstart"))
-    parser.add_argument("--tokens", type=int, default=40 * 1024)
+    parser.add_argument("--tokens", type=int, default=8 * 1024)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
@@ -58,15 +58,15 @@ def main() -> None:
 
 def measure(quickstart: Path, scratch: Path, tokens: int, rounds: int) -> dict[str, Any]:
     """The quickstart's SAE on `tokens` tokens, both ways, `rounds` times."""
-    lm, data = bigsae.LMConfig(dtype="float32"), bigsae.DataConfig(heldout_documents=8)
+    lm, data = bigsae.LMConfig(dtype="float32"), bigsae.DataConfig()
     fly = bigsae.TrainConfig(
         model=str(quickstart / "SmolLM2-135M"), dataset=str(quickstart / "sotu"), hookpoints=("model.layers.6",),
         output_dir="", tokens=tokens, batch_size_tokens=1024, log_every=tokens // 1024, lm=lm, data=data,
-        buffer=bigsae.BufferConfig(tokens=8192), optim=bigsae.OptimConfig(lr=2e-3, warmup_steps=20),
+        buffer=bigsae.BufferConfig(tokens=2048), optim=bigsae.OptimConfig(lr=2e-3, warmup_steps=20),
     )  # fmt: skip
     cache = bigsae.CacheConfig(
         model=fly.model, dataset=fly.dataset, hookpoints=fly.hookpoints, output_dir=str(scratch / "cache"),
-        tokens=tokens + 2 * 8192, lm=lm, data=data,
+        tokens=tokens + 2 * 2048, lm=lm, data=data,
     )  # fmt: skip
     begun = time.perf_counter()
     bigsae.write_activations(cache)
