@@ -20,18 +20,28 @@ from bigsae.config import (
 )
 
 if TYPE_CHECKING:
+    from bigsae.hub.export import export_run, push_saes
     from bigsae.hub.load import load_sae
+    from bigsae.hub.options import ExportConfig
     from bigsae.training.fit import fit
     from bigsae.training.run import train_saes
 
 # Imported at first use, so that `import bigsae` loads neither nnsight nor transformers.
-_LAZY = {"fit": "bigsae.training.fit", "train_saes": "bigsae.training.run", "load_sae": "bigsae.hub.load"}
+_LAZY = {
+    "fit": "bigsae.training.fit",
+    "train_saes": "bigsae.training.run",
+    "load_sae": "bigsae.hub.load",
+    "export_run": "bigsae.hub.export",
+    "push_saes": "bigsae.hub.export",
+    "ExportConfig": "bigsae.hub.options",
+}
 
 __all__ = [
     "BufferConfig",
     "CheckpointConfig",
     "DataConfig",
     "EvalConfig",
+    "ExportConfig",
     "LMConfig",
     "MeshConfig",
     "OptimConfig",
@@ -39,8 +49,10 @@ __all__ = [
     "TrainConfig",
     "UserError",
     "WandbConfig",
+    "export_run",
     "fit",
     "load_sae",
+    "push_saes",
     "train_saes",
 ]
 

@@ -18,7 +18,7 @@ FLOORS = (
     ("sae", "lm"),
     ("data", "hub"),
     ("training", "planning"),
-    ("commands", "train", "plan"),
+    ("commands", "train", "plan", "export"),
 )
 FLOOR = {room: i for i, rooms in enumerate(FLOORS) for room in rooms}
 # sae.save() writes the run folder's own format, which is hub's to write; opened when called, not when loaded.
