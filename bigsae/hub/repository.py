@@ -114,7 +114,7 @@ def hub_errors(what: str) -> Iterator[None]:
 
 def _for_users(what: str, error: Exception) -> UserError:
     if isinstance(error, OfflineModeIsEnabled):
-        return UserError(f"{what}: HF_HUB_OFFLINE is set: unset it, the cache does not hold this")
+        return UserError(f"{what}: HF_HUB_OFFLINE is set: unset it to reach the Hub")
     if isinstance(error, RevisionNotFoundError):
         return UserError(f"{what}: the Hub has no such revision")
     if isinstance(error, RepositoryNotFoundError):

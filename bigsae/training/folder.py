@@ -14,12 +14,13 @@ _MAY_CHANGE = {
     "output_dir",
     "resume",
     "log_every",
+    "log_with",
     "lm.shard_size",
     "lm.replicate_size",
     "buffer.device",
     "timeout",
 }
-_MAY_CHANGE_UNDER = {"checkpoint", "wandb", "eval", "mesh"}
+_MAY_CHANGE_UNDER = {"checkpoint", "hub", "wandb", "eval", "mesh"}
 
 
 def check_folder(config: TrainConfig) -> None:

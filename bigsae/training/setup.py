@@ -5,21 +5,17 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import datasets
 import torch
-from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
-from bigsae import config as cfg
 from bigsae.checks import check, resolve_d_sae
 from bigsae.config import TrainConfig, UserError
 from bigsae.data import tokens
@@ -43,12 +39,14 @@ from bigsae.parallel.mesh import Mesh, build_mesh
 from bigsae.parallel.nodes import first_on_node, limit_waits
 from bigsae.training import folder
 from bigsae.training.checkpoint import checkpoints
+from bigsae.training.pusher import open_pusher
 from bigsae.training.routing import Routing
 from bigsae.training.saving import resume
 from bigsae.training.sharing import build_trainers, check_mesh, choose_mesh
 from bigsae.training.signals import StopSignal
 from bigsae.training.start import load_start
 from bigsae.training.state import Run
+from bigsae.training.trackers import Trackers
 from bigsae.training.variants import check_variants, make_jobs, variants
 
 logger = logging.getLogger("bigsae")
@@ -56,7 +54,7 @@ logger = logging.getLogger("bigsae")
 
 def prepare(config: TrainConfig, stop: StopSignal) -> tuple[Run, Callable[[], None]]:
     """The run that `config` describes, resumed where it asks for that, and a function that closes it."""
-    accelerator = _accelerator(config)
+    trackers = Trackers(config)
     mesh = build_mesh()
     limit_waits((mesh.world, mesh.control), config.timeout)
     if not mesh.is_main:
@@ -66,6 +64,8 @@ def prepare(config: TrainConfig, stop: StopSignal) -> tuple[Run, Callable[[], No
     made = variants(config)
     check_variants(config, made)
     folder.check_folder(config)
+    with _errors_shared(mesh):
+        pusher = open_pusher(config) if mesh.is_main else None
     layout = resolve_layout(config.lm, mesh.num_ranks, mesh.num_local_ranks)
     with first_on_node(mesh):
         meta, lm_config = meta_model(config.model, config.lm)
@@ -113,22 +113,24 @@ def prepare(config: TrainConfig, stop: StopSignal) -> tuple[Run, Callable[[], No
         trainers,
         Routing(mesh, jobs),
         _metadata(config, rows),
-        _tracker(accelerator, config),
+        trackers,
+        pusher,
         stop,
     )
     _announce(run, layout, local_bytes(model))
     if config.resume:
         resume(run)
+    if not run.finished:
+        trackers.start(run.saved_step)
     if mesh.is_main and not run.finished:
         folder.write_config(config)
         folder.write_status(config, "running", run.step, "")
 
     def close() -> None:
         rows.close()
-        for (
-            tracker
-        ) in accelerator.trackers:  # not end_training(): a script may train again in the same process group
-            tracker.finish()
+        trackers.finish()
+        if pusher is not None:
+            pusher.stop()
 
     return run, close
 
@@ -162,27 +164,6 @@ def _targets(config: TrainConfig, meta: PreTrainedModel) -> list[tuple[Hookpoint
                 f"--sae.output-hookpoint {theirs.name} is what it is predicted from: name another, or none"
             )
     return list(zip(reads, predicted, strict=True))
-
-
-def _accelerator(config: TrainConfig) -> Accelerator:
-    return Accelerator(
-        cpu=not torch.cuda.is_available(),
-        log_with="wandb" if config.wandb.project else None,
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(minutes=config.timeout))],
-    )
-
-
-def _tracker(accelerator: Accelerator, config: TrainConfig) -> Callable[[dict[str, float], int], None]:
-    """Where metrics go beside metrics.jsonl; nowhere without --wandb.project."""
-    wandb = config.wandb
-    if wandb.project is None:
-        return lambda values, step: None
-    accelerator.init_trackers(
-        wandb.project,
-        config=cfg.to_dict(config),
-        init_kwargs={"wandb": {"name": wandb.name, "entity": wandb.entity, "dir": config.output_dir}},
-    )
-    return lambda values, step: accelerator.log(values, step=step)
 
 
 def _heldout(config: TrainConfig, source: Any, tokenizer: Any, mesh: Mesh) -> Tensor | None:
