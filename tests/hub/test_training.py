@@ -180,6 +180,18 @@ def test_resuming_pushes_what_is_due_after_it(hub: Hub, config, monkeypatch):
     assert pushed == [(".pushed", 5), (".pushed", 5), (".pushed", 10), ("run", 12)]
 
 
+def test_what_is_due_while_a_push_goes_on_is_left_out(hub: Hub, config, monkeypatch, caplog):
+    caplog.set_level(logging.INFO, "bigsae")
+    pushed: list[int] = []
+    monkeypatch.setattr(Pusher, "start", lambda self, folder, step: pushed.append(step))
+    monkeypatch.setattr(Pusher, "push_last", lambda self, folder, step, stop: pushed.append(step))
+    monkeypatch.setattr(Pusher, "busy", lambda self: pushed == [3])
+    bigsae.train_saes(replace(config, hub=replace(config.hub, push_every=3)))
+    assert pushed == [3, 12]
+    for step in (6, 9):
+        assert f"the last push goes on: the SAEs of step {step} are left out" in caplog.text
+
+
 def two_ranks(home: str, out: str) -> None:
     """One SAE on two ranks, each with a part of its latents."""
     config = config_of(Path(home), Path(out), push_every=4)
