@@ -11,6 +11,7 @@ from bigsae.config import (
     CheckpointConfig,
     DataConfig,
     EvalConfig,
+    HubConfig,
     LMConfig,
     MeshConfig,
     OptimConfig,
@@ -26,7 +27,9 @@ if TYPE_CHECKING:
     from bigsae.evaluation.options import EvaluateConfig
     from bigsae.evaluation.run import evaluate_saes
     from bigsae.evaluation.splicing import splice
+    from bigsae.hub.export import export_run, push_saes
     from bigsae.hub.load import load_sae
+    from bigsae.hub.options import ExportConfig
     from bigsae.reporting.options import ReportConfig
     from bigsae.reporting.write import write_report
     from bigsae.training.fit import fit
@@ -35,11 +38,14 @@ if TYPE_CHECKING:
 # Imported at first use, so that `import bigsae` loads neither nnsight nor transformers.
 _LAZY = {
     "EvaluateConfig": "bigsae.evaluation.options",
+    "ExportConfig": "bigsae.hub.options",
     "ReportConfig": "bigsae.reporting.options",
     "evaluate_saes": "bigsae.evaluation.run",
+    "export_run": "bigsae.hub.export",
     "fit": "bigsae.training.fit",
     "load_sae": "bigsae.hub.load",
     "open_activations": "bigsae.caching.read",
+    "push_saes": "bigsae.hub.export",
     "splice": "bigsae.evaluation.splicing",
     "train_saes": "bigsae.training.run",
     "write_activations": "bigsae.caching.write",
@@ -53,6 +59,8 @@ __all__ = [
     "DataConfig",
     "EvalConfig",
     "EvaluateConfig",
+    "ExportConfig",
+    "HubConfig",
     "LMConfig",
     "MeshConfig",
     "OptimConfig",
@@ -62,9 +70,11 @@ __all__ = [
     "UserError",
     "WandbConfig",
     "evaluate_saes",
+    "export_run",
     "fit",
     "load_sae",
     "open_activations",
+    "push_saes",
     "splice",
     "train_saes",
     "write_activations",

@@ -9,7 +9,16 @@ import math
 from dataclasses import fields, replace
 from typing import Any
 
-from bigsae.config import DataConfig, EvalConfig, OptimConfig, SAEConfig, TrainConfig, UserError, lm_kwargs
+from bigsae.config import (
+    DataConfig,
+    EvalConfig,
+    HubConfig,
+    OptimConfig,
+    SAEConfig,
+    TrainConfig,
+    UserError,
+    lm_kwargs,
+)
 
 _TOPK = ("topk", "batchtopk", "matryoshka")
 _L1 = ("gated", "standard")
@@ -277,6 +286,7 @@ def check(config: TrainConfig, num_ranks: int) -> None:
         ("--checkpoint.every", config.checkpoint.every),
         ("--checkpoint.keep", config.checkpoint.keep),
         ("--eval.every", config.eval.every),
+        ("--hub.push-every", config.hub.push_every),
         ("--data.heldout-documents", config.data.heldout_documents),
         ("--seed", config.seed),
     ):
@@ -295,8 +305,14 @@ def check(config: TrainConfig, num_ranks: int) -> None:
         raise UserError(
             "--eval.every, --eval.rows and --eval.ce need documents to measure on: set --data.heldout-documents"
         )
-    if config.wandb.project is None and (config.wandb.name or config.wandb.entity):
-        raise UserError("--wandb.name and --wandb.entity do nothing without --wandb.project: set it")
+    wandb = "wandb" in config.log_with or config.wandb.project is not None
+    if not wandb and (config.wandb.name or config.wandb.entity or not config.wandb.artifacts):
+        raise UserError(
+            "--wandb.name and --wandb.entity, and --wandb.no-artifacts, do nothing without --wandb.project or "
+            "--log-with wandb: set it"
+        )
+    if config.hub.repo_id is None and config.hub != HubConfig():
+        raise UserError("--hub.push-every, --hub.private and --hub.license need a --hub.repo-id: set it")
     lm_kwargs(config.lm)
 
 

@@ -256,15 +256,31 @@ class EvalConfig:
 
 
 @dataclass(frozen=True)
+class HubConfig:
+    """Pushing the SAEs to the Hub while they are trained. The access token is the environment's HF_TOKEN."""
+
+    repo_id: str | None = None
+    """Repository to push to, user/name, in the background; at the end of the run the finished SAEs."""
+    push_every: int = 0
+    """Steps between pushes; 0 pushes at the end alone. One that fails is left to the next."""
+    private: bool = False
+    """Make the repository private; one that is there and public is refused."""
+    license: str = "unknown"
+    """License of the SAEs, by the Hub's name for it, e.g. apache-2.0 or mit."""
+
+
+@dataclass(frozen=True)
 class WandbConfig:
-    """Weights & Biases, beside metrics.jsonl."""
+    """Weights & Biases (--log-with wandb, or a --wandb.project)."""
 
     project: str | None = None
-    """Project to log to. Without it wandb is not imported."""
+    """Project of the trackers; default bigsae. Without one, and without --log-with wandb, wandb is not imported."""
     name: str | None = None
     """Name of the run."""
     entity: str | None = None
     """User or team."""
+    artifacts: bool = True
+    """Keep the SAEs of each checkpoint, and the finished ones, as versions of an artifact."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -295,6 +311,8 @@ class TrainConfig:
     """Decides every random number."""
     log_every: int = 10
     """Steps between rows of metrics.jsonl."""
+    log_with: tuple[Literal["wandb", "tensorboard", "trackio"], ...] = ()
+    """Trackers that get these rows as well."""
     resume: bool = False
     """Go on from the newest whole checkpoint in --output-dir; starts afresh, and says so, where there is none."""
     timeout: float = 30.0
@@ -310,6 +328,7 @@ class TrainConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
+    hub: HubConfig = field(default_factory=HubConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)
 
     @property

@@ -20,7 +20,7 @@ FLOORS = (
     ("evaluation",),
     ("training", "planning"),
     ("caching", "reporting"),
-    ("commands", "train", "plan", "evaluate", "report", "cache_activations"),
+    ("commands", "train", "plan", "evaluate", "report", "cache_activations", "export"),
 )
 FLOOR = {room: i for i, rooms in enumerate(FLOORS) for room in rooms}
 # sae.save() writes the run folder's own format, which is hub's to write; opened when called, not when loaded.

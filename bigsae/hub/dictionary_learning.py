@@ -1,12 +1,14 @@
-"""The format of dictionary_learning (checked against 0.1.0), which is only read: config.json and ae.pt.
+"""The format of dictionary_learning (checked against 0.1.0): config.json and ae.pt.
 
 Its classes name the same tensors differently; `decoder.weight` of an nn.Linear is [d_in, d_sae], as is a `W_enc`. What
-is read computes what its `utils.load_dictionary` gives. Those with one threshold become JumpReLU SAEs, as in SAELens.
+is read computes what its `utils.load_dictionary` gives, and that computes what was written. Those with one threshold
+become JumpReLU SAEs, as in SAELens, and SAEs with thresholds are written as its JumpReluAutoEncoder.
 """
 
 from __future__ import annotations
 
 import math
+import re
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,7 @@ from bigsae.sae.jumprelu import JumpReLUSAE
 from bigsae.sae.standard import StandardSAE
 from bigsae.sae.topk import TopKSAE
 
-WEIGHTS = "ae.pt"
+CONFIG, WEIGHTS = "config.json", "ae.pt"
 _LINEAR = {"encoder.weight": "W_enc", "encoder.bias": "b_enc", "decoder.weight": "W_dec"}
 _PLAIN = {name: name for name in ("W_enc", "b_enc", "W_dec", "b_dec", "threshold")}
 # Each class's tensors, and what they are here; k and group_sizes, which are integers, aside.
@@ -46,6 +48,71 @@ _WITH_K = ("AutoEncoderTopK", "BatchTopKSAE", "MatryoshkaBatchTopKSAE")
 _TRANSPOSED = ("W_enc", "decoder.weight")
 # Beside the weights, at up to 8 bytes each, the file holds some pickled names, and padding.
 _SLACK_BYTES = 1 << 20
+_ROWS_AT_ONCE = 8192
+
+
+def exported(sae: SAE) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What config.json and ae.pt hold for `sae`. Raises UserError where dictionary_learning cannot hold it."""
+    if sae.is_transcoder or sae.W_skip is not None:
+        raise UserError("dictionary_learning has no transcoders: save it in another format")
+    if sae.shape.normalize != "none":
+        raise UserError("dictionary_learning normalises nothing, this SAE does: save it in SAELens's format")
+    if isinstance(sae, TopKSAE):
+        name, more = "AutoEncoderTopK", {"k": sae.k}
+        tensors = sae.saelens_tensors() | {"b_enc": _bias(sae, "b_enc", True)}
+        # Theirs, which only `use_threshold=True` takes; -1 stands for none.
+        tensors["threshold"] = torch.tensor(float(sae.metadata.get("threshold", -1.0)))
+    elif isinstance(sae, GatedSAE):
+        name, more = "GatedAutoEncoder", {}
+        tensors = sae.saelens_tensors() | {bias: _bias(sae, bias, True) for bias in sae.encoder_biases}
+    elif isinstance(sae, StandardSAE) and sae.shape.apply_b_dec_to_input:
+        # Its reader brings decoder rows to norm 1, and fails where that changes the output of a test by 1e-4.
+        name, more, tensors = "AutoEncoder", {}, unit_decoder(sae.saelens_tensors())
+        if not bool(tensors["W_dec"].any(dim=1).all()):
+            raise UserError("dictionary_learning brings decoder rows to norm 1, and one of this SAE is zero")
+    elif isinstance(sae, StandardSAE):
+        name, more, tensors = "AutoEncoderNew", {}, sae.saelens_tensors()
+    else:
+        name, more = "JumpReluAutoEncoder", {}
+        tensors = sae.saelens_tensors() | {"b_enc": _bias(sae, "b_enc", False)}
+    named = {
+        theirs: tensors[ours].T if theirs in _TRANSPOSED else tensors[ours]
+        for theirs, ours in _CLASSES[name].items()
+    }
+    if name in _WITH_K:
+        named["k"] = torch.tensor(more["k"], dtype=torch.int)
+    trainer = {"dict_class": name, "activation_dim": sae.d_in, "dict_size": sae.d_sae, **more}
+    return _config(sae, trainer), named
+
+
+def _config(sae: SAE, trainer: dict[str, Any]) -> dict[str, Any]:
+    metadata = {key: value for key, value in sae.metadata.items() if key != "dictionary_learning"}
+    hookpoint = str(metadata.get("hook_name", ""))
+    layer = re.search(r"\.(\d+)\b", hookpoint)
+    origin = {
+        "lm_name": metadata.get("model_name"),
+        "layer": int(layer[1]) if layer else None,
+        "submodule_name": hookpoint,
+    }
+    buffer = {
+        "d_submodule": sae.d_in,
+        "io": "in" if hookpoint.endswith(":input") else "out",
+        "ctx_len": metadata.get("context_size"),
+    }
+    return {"trainer": trainer | origin, "buffer": buffer, "metadata": metadata}
+
+
+def _bias(sae: SAE, name: str, subtracts: bool) -> Tensor:
+    """Bias `name` [d_sae] for an encoder that subtracts b_dec from its input, or does not; `sae` may do the other."""
+    bias = sae.get_parameter(name).detach()
+    if sae.shape.apply_b_dec_to_input == subtracts:
+        return bias
+    b_dec = sae.b_dec.detach().double()
+    # In float64: b_dec is as long as activations are, and what is left of it decides which latents fire.
+    shift = torch.cat([rows.double() @ b_dec for rows in sae.W_enc.detach().split(_ROWS_AT_ONCE)])
+    if name == "b_mag":
+        shift = shift * sae.get_parameter("r_mag").detach().double().exp()
+    return bias.double() + (shift if subtracts else -shift)
 
 
 def read(folder: Path) -> SAE:
@@ -54,8 +121,9 @@ def read(folder: Path) -> SAE:
     Of an AutoEncoderTopK the k largest latents are taken, as its `encode` does by default; its threshold, which
     `use_threshold=True` takes instead, is kept in the metadata.
     """
-    path = folder / "config.json"
+    path = folder / CONFIG
     config = read_json(path)
+    own = config.pop("metadata", None)
     trainer = config.get("trainer")
     name = trainer.get("dict_class") if isinstance(trainer, dict) else None
     if not isinstance(trainer, dict) or not isinstance(name, str) or name not in _CLASSES:
@@ -65,6 +133,7 @@ def read(folder: Path) -> SAE:
     shape = Shape(d_in, d_sae, apply_b_dec_to_input=apply_b_dec_to_input)
     tensors = _read_tensors(folder / WEIGHTS, name, trainer, d_in, d_sae)
     metadata = {"model_name": trainer.get("lm_name"), "dictionary_learning": config}
+    metadata = own if isinstance(own, dict) else metadata
     if name == "AutoEncoderTopK":
         (k,) = counts(trainer, path, "k")
         check_k(k, d_sae, path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import ModuleType
 from typing import Literal
 
 import torch
@@ -16,31 +17,54 @@ from bigsae.hub.weights import read_json
 from bigsae.sae.base import SAE
 from bigsae.sae.topk import TopKSAE
 
+Format = Literal["saelens", "sparsify", "dictionary_learning"]
+_ROOMS: dict[Format, ModuleType] = {
+    "saelens": saelens,
+    "sparsify": sparsify,
+    "dictionary_learning": dictionary_learning,
+}
+CONFIGS = ("cfg.json", "config.json")
+SPARSITY = "sparsity.safetensors"
+# All that the folder of an SAE may hold, in any format.
+FILES = (*CONFIGS, *(room.WEIGHTS for room in _ROOMS.values()), SPARSITY)
+
+
+def default_format(sae: SAE) -> Format:
+    """SAELens's, or sparsify's for TopK transcoders, for which SAELens has no class."""
+    beyond_saelens = isinstance(sae, TopKSAE) and (sae.is_transcoder or sae.W_skip is not None)
+    return "sparsify" if beyond_saelens else "saelens"
+
 
 def save_sae(
     sae: SAE,
     folder: str | Path,
     frequencies: Tensor | None = None,
-    format: Literal["saelens", "sparsify"] | None = None,
+    format: Format | None = None,
 ) -> None:
     """Write `sae`, already in the LM's own scale, so that `sae_lens.SAE.load_from_disk(folder)` reads it.
 
     TopK transcoders, for which SAELens has no class, are written for `sparsify.SparseCoder.load_from_disk(folder)`;
-    `format` says otherwise. `frequencies` [d_sae], where given, become sparsity.safetensors: log10(frequency + 1e-10).
-    cfg.json comes last: a folder that has one is whole.
+    `format` says otherwise, and UserError where it cannot hold the SAE. `frequencies` [d_sae], where given, become
+    sparsity.safetensors: log10(frequency + 1e-10). The configuration comes last: a folder that has one is whole.
     """
     folder = Path(folder)
-    if format is None:
-        beyond_saelens = isinstance(sae, TopKSAE) and (sae.is_transcoder or sae.W_skip is not None)
-        format = "sparsify" if beyond_saelens else "saelens"
-    room = {"saelens": saelens, "sparsify": sparsify}[format]
+    format = format or default_format(sae)
+    room = _ROOMS[format]
     config, tensors = room.exported(sae)
-    weights = {name: t.to("cpu", torch.float32).contiguous() for name, t in tensors.items()}
-    write_atomic(folder / room.WEIGHTS, lambda path: save_file(weights, path))
+    weights = {
+        name: t.to("cpu", torch.float32 if t.is_floating_point() else t.dtype).contiguous()
+        for name, t in tensors.items()
+    }
+    write = torch.save if format == "dictionary_learning" else save_file
+    write_atomic(folder / room.WEIGHTS, lambda path: write(weights, path))
     if frequencies is not None:
         sparsity = {"sparsity": torch.log10(frequencies.cpu().float() + 1e-10)}
-        write_atomic(folder / "sparsity.safetensors", lambda path: save_file(sparsity, path))
-    write_json(folder / "cfg.json", config)
+        write_atomic(folder / SPARSITY, lambda path: save_file(sparsity, path))
+    if format == "dictionary_learning":
+        write_json(folder / "config.json", config)
+        (folder / "cfg.json").unlink(missing_ok=True)  # of another format, which would be read in its place
+    else:
+        write_json(folder / "cfg.json", config)
 
 
 def read_sae(folder: str | Path) -> SAE:

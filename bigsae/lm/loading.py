@@ -49,9 +49,10 @@ _RESERVED_KWARGS = {
     "tp_plan": "--lm.shard-size",
     "tp_size": "--lm.shard-size",
     "output_loading_info": "--model",
+    "token": "the environment's HF_TOKEN",  # here it would be written to config.json
 }
 # Arguments by which the Hub is asked; the configuration and the weights both need them.
-_HUB_KWARGS = ("token", "cache_dir", "force_download", "local_files_only", "proxies", "subfolder")
+_HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "proxies", "subfolder")
 
 
 def _kwargs(lm: LMConfig) -> dict[str, Any]:

@@ -15,13 +15,14 @@ _MAY_CHANGE = {
     "output_dir",
     "resume",
     "log_every",
+    "log_with",
     "lm.shard_size",
     "lm.replicate_size",
     "buffer.device",
     "activations",  # the cache may have moved; its content is compared with the checkpoint's
     "timeout",
 }
-_MAY_CHANGE_UNDER = {"checkpoint", "wandb", "eval", "mesh"}
+_MAY_CHANGE_UNDER = {"checkpoint", "hub", "wandb", "eval", "mesh"}
 
 
 def check_folder(config: TrainConfig) -> None:

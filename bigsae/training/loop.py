@@ -8,12 +8,12 @@ import time
 from torch import Tensor
 
 from bigsae.config import UserError
-from bigsae.hub.formats import save_sae
 from bigsae.parallel import collectives
 from bigsae.training.folder import write_status
 from bigsae.training.heldout import measure_heldout
 from bigsae.training.heldout_ce import measure_heldout_ce
 from bigsae.training.progress import ProgressBar
+from bigsae.training.publish import export_saes, publish, publish_finished
 from bigsae.training.saving import refuse_skipped, save
 from bigsae.training.state import Run
 from bigsae.training.trainer import SAETrainer
@@ -40,10 +40,13 @@ def train(run: Run) -> str:
             if not _measures_now(run):
                 _measure(run)
             bar.activity("saving")
-            _export(run)
+            export_saes(run, run.out)
         save(run)
-    if run.mesh.is_main:
-        write_status(run.config, status, run.step, reason)
+        if run.mesh.is_main:
+            write_status(run.config, status, run.step, reason)
+        if run.finished:
+            bar.activity("publishing")
+            publish_finished(run)
     return status
 
 
@@ -72,6 +75,7 @@ def _steps(run: Run, bar: ProgressBar) -> tuple[str, str]:
             break
         if config.checkpoint.every and run.step % config.checkpoint.every == 0:
             save(run)
+        publish(run)
         if run.step % _CONTROL_INTERVAL == 0 and _someone_stops(run):
             return _stopped(run)
     return "finished", "all tokens trained"
@@ -195,18 +199,3 @@ def _measure(run: Run) -> None:
     for name, values in measured.items():
         _write_row(run, name, values)
     run.clock["time"] += time.perf_counter() - start  # tokens/s is the training's
-
-
-def _export(run: Run) -> None:
-    """Each SAE, folded, to its folder in the run's."""
-    for name, trainer in run.trainers.items():
-        exported = trainer.export()
-        if exported is None:
-            continue
-        job, (sae, frequencies) = run.jobs[name], exported
-        num_tokens = run.step * run.config.batch_size_tokens
-        sae.metadata = run.metadata | {"hook_name": job.reads, "training_tokens": num_tokens}
-        if job.predicts != job.reads:
-            sae.metadata["hook_name_out"] = job.predicts
-        save_sae(sae, run.out / name, frequencies)
-    collectives.barrier(run.mesh.control)

@@ -6,22 +6,18 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import datasets
 import torch
-from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from transformers.utils.logging import disable_progress_bar
 
 from bigsae.checks import check, resolve_d_sae
 from bigsae.config import TrainConfig, UserError
-from bigsae.configfile import to_dict
 from bigsae.data import tokens
 from bigsae.data.buffer import ActivationBuffer
 from bigsae.data.harvest import Harvest
@@ -51,12 +47,14 @@ from bigsae.training.cached import (
 )
 from bigsae.training.checkpoint import checkpoints
 from bigsae.training.heldout_ce import check_order
+from bigsae.training.pusher import Pusher, open_pusher
 from bigsae.training.routing import Routing
 from bigsae.training.saving import resume
 from bigsae.training.sharing import build_trainers, check_mesh, choose_mesh
 from bigsae.training.signals import StopSignal
 from bigsae.training.start import load_start
 from bigsae.training.state import Run
+from bigsae.training.trackers import Trackers
 from bigsae.training.variants import (
     Job,
     Variant,
@@ -71,7 +69,7 @@ logger = logging.getLogger("bigsae")
 
 def prepare(config: TrainConfig, stop: StopSignal) -> tuple[Run, Callable[[], None]]:
     """The run that `config` describes, resumed where it asks for that, and a function that closes it."""
-    accelerator = _accelerator(config)
+    trackers = Trackers(config)
     mesh = build_mesh()
     limit_waits((mesh.world, mesh.control), config.timeout)
     if not mesh.is_main:
@@ -87,8 +85,10 @@ def prepare(config: TrainConfig, stop: StopSignal) -> tuple[Run, Callable[[], No
     made = variants(config)
     check_variants(config, made)
     folder.check_folder(config)
+    with _errors_shared(mesh):
+        around = _Around(mesh, trackers, open_pusher(config) if mesh.is_main else None, stop)
     if cache is not None:
-        return _prepare_cached(config, cache, accelerator, mesh, made, stop)
+        return _prepare_cached(config, cache, around, made)
     layout = resolve_layout(config.lm, mesh.num_ranks, mesh.num_local_ranks)
     with first_on_node(mesh):
         meta, lm_config = meta_model(config.model, config.lm)
@@ -123,7 +123,17 @@ def prepare(config: TrainConfig, stop: StopSignal) -> tuple[Run, Callable[[], No
     harvest = _harvest(config, sites, rows, Extractor(model, sites), trained_on, mesh)
     prepend_bos = rows.layout.bos is not None
     given = _Given(harvest, rows, heldout, prepend_bos, f"language model {layout}", local_bytes(model))
-    return _begin(config, given, accelerator, mesh, jobs, widths, stop)
+    return _begin(config, given, around, jobs, widths)
+
+
+@dataclass(frozen=True)
+class _Around:
+    """What a run has about it wherever its activations come from."""
+
+    mesh: Mesh
+    trackers: Trackers
+    pusher: Pusher | None
+    stop: StopSignal
 
 
 @dataclass(frozen=True)
@@ -141,22 +151,21 @@ class _Given:
 def _prepare_cached(
     config: TrainConfig,
     found: FoundCache,
-    accelerator: Accelerator,
-    mesh: Mesh,
+    around: _Around,
     made: list[Variant],
-    stop: StopSignal,
 ) -> tuple[Run, Callable[[], None]]:
     """As `prepare`, from a cache: there is no language model."""
     targets = cached_targets(config, found.index)
     wanted = {name for pair in targets for name in pair}
     widths = {name: d_in for name, d_in in found.index.hookpoints.items() if name in wanted}
+    mesh = around.mesh
     jobs = _checked_jobs(config, targets, made, widths, mesh)
     with first_on_node(mesh):
         cache = open_cache(found, tuple(widths))
     harvest, rows, heldout = cached_harvest(config, cache, found.name, mesh)
     description = f"activations of {found.name} ({found.index.num_activations:,}, {found.index.dtype})"
     given = _Given(harvest, rows, heldout, found.index.prepend_bos, description, 0)
-    return _begin(config, given, accelerator, mesh, jobs, widths, stop)
+    return _begin(config, given, around, jobs, widths)
 
 
 def _from_scratch(config: TrainConfig) -> bool:
@@ -183,15 +192,13 @@ def _checked_jobs(
 def _begin(
     config: TrainConfig,
     given: _Given,
-    accelerator: Accelerator,
-    mesh: Mesh,
+    around: _Around,
     jobs: list[Job],
     widths: dict[str, int],
-    stop: StopSignal,
 ) -> tuple[Run, Callable[[], None]]:
     """The run of what is `given`, resumed where `config` asks for that, and a function that closes it."""
     harvest, rows = given.harvest, given.rows
-    mesh = choose_mesh(config, mesh, jobs, widths)
+    mesh = choose_mesh(config, around.mesh, jobs, widths)
     from_scratch = _from_scratch(config)
     trainers = build_trainers(config, mesh, jobs, widths, from_scratch=from_scratch)
     run = Run(
@@ -204,22 +211,24 @@ def _begin(
         trainers,
         Routing(mesh, jobs),
         _metadata(config, given.prepend_bos),
-        _tracker(accelerator, config),
-        stop,
+        around.trackers,
+        around.pusher,
+        around.stop,
     )
     _announce(run, given)
     if config.resume:
         resume(run)
+    if not run.finished:
+        around.trackers.start(run.saved_step)
     if mesh.is_main and not run.finished:
         folder.write_config(config)
         folder.write_status(config, "running", run.step, "")
 
     def close() -> None:
         rows.close()
-        for (
-            tracker
-        ) in accelerator.trackers:  # not end_training(): a script may train again in the same process group
-            tracker.finish()
+        around.trackers.finish()
+        if around.pusher is not None:
+            around.pusher.stop()
 
     return run, close
 
@@ -234,27 +243,6 @@ def _errors_shared(mesh: Mesh) -> Iterator[None]:
         message = str(error)
     if message := collectives.first_text(message, mesh.control):
         raise UserError(message)
-
-
-def _accelerator(config: TrainConfig) -> Accelerator:
-    return Accelerator(
-        cpu=not torch.cuda.is_available(),
-        log_with="wandb" if config.wandb.project else None,
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(minutes=config.timeout))],
-    )
-
-
-def _tracker(accelerator: Accelerator, config: TrainConfig) -> Callable[[dict[str, float], int], None]:
-    """Where metrics go beside metrics.jsonl; nowhere without --wandb.project."""
-    wandb = config.wandb
-    if wandb.project is None:
-        return lambda values, step: None
-    accelerator.init_trackers(
-        wandb.project,
-        config=to_dict(config),
-        init_kwargs={"wandb": {"name": wandb.name, "entity": wandb.entity, "dir": config.output_dir}},
-    )
-    return lambda values, step: accelerator.log(values, step=step)
 
 
 def _heldout(config: TrainConfig, source: Any, tokenizer: Any, mesh: Mesh) -> Tensor | None:

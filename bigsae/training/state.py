@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,8 +13,10 @@ from bigsae.data.harvest import Harvest
 from bigsae.parallel import collectives
 from bigsae.parallel.mesh import Mesh
 from bigsae.training.metrics import MetricsFile
+from bigsae.training.pusher import Pusher
 from bigsae.training.routing import Routing
 from bigsae.training.signals import StopSignal
+from bigsae.training.trackers import Trackers
 from bigsae.training.trainer import SAETrainer
 from bigsae.training.variants import Job
 
@@ -38,7 +39,9 @@ class Run:
     routing: Routing
     metadata: dict[str, Any]
     """What each exported SAE says of its origin."""
-    log_to_trackers: Callable[[dict[str, float], int], None]
+    trackers: Trackers
+    pusher: Pusher | None
+    """On the main rank, where the SAEs go to the Hub."""
     stop: StopSignal
     step: int = 0
     """Steps that are done."""
@@ -61,6 +64,10 @@ class Run:
     def out(self) -> Path:
         """The run's folder."""
         return Path(self.config.output_dir)
+
+    def log_to_trackers(self, values: dict[str, float], step: int) -> None:
+        """Have all trackers log `values`."""
+        self.trackers.log(values, step)
 
     def of_all_ranks(self, values: dict[str, Any]) -> dict[str, Any]:
         """`values` of this rank's SAEs as those of all SAEs, by name, in the order of the jobs."""

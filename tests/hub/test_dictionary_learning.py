@@ -15,9 +15,12 @@ from torch import Tensor
 
 import bigsae
 from bigsae.config import UserError
+from bigsae.hub.formats import save_sae
+from bigsae.sae.base import SAE
 from bigsae.sae.jumprelu import JumpReLUSAE
+from bigsae.sae.standard import StandardSAE
 from bigsae.sae.topk import TopKSAE
-from tests.hub.saes import D_IN, D_SAE, K, activations, assert_same
+from tests.hub.saes import D_IN, D_SAE, K, activations, assert_same, random_sae
 
 LINEAR = {"encoder.weight": (D_SAE, D_IN), "encoder.bias": (D_SAE,), "decoder.weight": (D_IN, D_SAE)}
 SELECTING = {**LINEAR, "b_dec": (D_IN,), "threshold": ()}
@@ -126,6 +129,88 @@ def test_computes_what_their_own_classes_compute(name, threshold, tmp_path):
     with torch.no_grad():
         assert_same(ours.encode(x), theirs.encode(x))
         assert_same(ours(x), theirs(x))
+
+
+# What is written, and as which class.
+WRITTEN: dict[str, tuple[Any, dict[str, Any], str]] = {
+    "topk": ("topk", {"k": K}, "AutoEncoderTopK"),
+    "topk not centred": ("topk", {"k": K, "apply_b_dec_to_input": False}, "AutoEncoderTopK"),
+    "batchtopk": ("batchtopk", {"k": K}, "JumpReluAutoEncoder"),
+    "matryoshka": ("matryoshka", {"k": K}, "JumpReluAutoEncoder"),
+    "jumprelu": ("jumprelu", {}, "JumpReluAutoEncoder"),
+    "jumprelu not centred": ("jumprelu", {"apply_b_dec_to_input": False}, "JumpReluAutoEncoder"),
+    "gated": ("gated", {}, "GatedAutoEncoder"),
+    "gated not centred": ("gated", {"apply_b_dec_to_input": False}, "GatedAutoEncoder"),
+    "standard": ("standard", {}, "AutoEncoder"),
+    "standard not centred": ("standard", {"apply_b_dec_to_input": False}, "AutoEncoderNew"),
+}
+
+
+def assert_same_function(found: Any, expected: SAE, x: Tensor) -> None:
+    """The same output from the same latents, which a standard SAE's class has at another length."""
+    latents = expected.encode(x)
+    assert 0.01 < (latents > 0).float().mean() < 0.8
+    if isinstance(expected, StandardSAE) and expected.shape.apply_b_dec_to_input:
+        latents = latents * expected.W_dec.norm(dim=1)
+    assert_same(found.encode(x), latents)
+    assert_same(found(x), expected(x))
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_what_is_written_is_read_back(name, tmp_path):
+    architecture, fields, theirs_is = WRITTEN[name]
+    sae, x = random_sae(architecture, **fields), activations()
+    save_sae(sae, tmp_path, format="dictionary_learning")
+    assert {path.name for path in tmp_path.iterdir()} == {"ae.pt", "config.json"}
+    trainer = json.loads((tmp_path / "config.json").read_text())["trainer"]
+    assert trainer["dict_class"] == theirs_is
+    assert (trainer["lm_name"], trainer["layer"], trainer["submodule_name"]) == (
+        "some/model",
+        6,
+        "model.layers.6",
+    )
+    state = torch.load(tmp_path / "ae.pt", weights_only=True)
+    shapes = {key: tuple(tensor.shape) for key, tensor in state.items()}
+    assert shapes == CLASSES[theirs_is] | ({"k": ()} if "k" in trainer else {})
+    ours = bigsae.load_sae(tmp_path)
+    assert ours.metadata["hook_name"] == "model.layers.6"
+    assert_same_function(ours, sae, x)
+    save_sae(ours, tmp_path / "again", format="dictionary_learning")
+    assert_same_function(bigsae.load_sae(tmp_path / "again"), sae, x)
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_their_own_classes_compute_what_was_written(name, tmp_path, capsys):
+    utils = pytest.importorskip("dictionary_learning.utils")
+    architecture, fields, _ = WRITTEN[name]
+    sae, x = random_sae(architecture, **fields), activations().flatten(0, 1)
+    save_sae(sae, tmp_path, format="dictionary_learning")
+    theirs, _ = utils.load_dictionary(str(tmp_path), "cpu")
+    with torch.no_grad():
+        assert_same_function(theirs, sae, x)
+    assert (
+        "Normalizing" not in capsys.readouterr().out
+    )  # which it checks with a tolerance that large SAEs miss
+
+
+def test_what_it_has_no_class_for_is_refused(tmp_path):
+    dead = random_sae("standard")
+    dead.W_dec[3] = 0
+    for sae, message in (
+        (random_sae("topk", k=K, d_out=D_IN), "no transcoders"),
+        (random_sae("jumprelu", d_out=D_IN, skip=True), "no transcoders"),
+        (random_sae("gated", normalize="layer_norm"), "normalises nothing"),
+        (dead, "one of this SAE is zero"),
+    ):
+        with pytest.raises(UserError, match=message):
+            save_sae(sae, tmp_path / "a", format="dictionary_learning")
+    assert not (tmp_path / "a").exists()
+
+
+def test_written_over_another_format_it_is_what_is_read(tmp_path):
+    save_sae(random_sae("topk", k=K), tmp_path)
+    save_sae(random_sae("gated"), tmp_path, format="dictionary_learning")
+    assert bigsae.load_sae(tmp_path).architecture == "gated"
 
 
 def test_thresholds(tmp_path):

@@ -1,0 +1,190 @@
+"""From trained SAEs to a repository on the Hub, or a folder like one: a folder for each SAE, and a model card.
+
+README.md                       the model card
+<hookpoint>/…                   each SAE, in a sweep <hookpoint>/<variant>/
+config.json  metrics.jsonl      of the run, where there is one
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import re
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file
+from torch import Tensor
+from tqdm import tqdm
+
+from bigsae.config import TrainConfig, UserError
+from bigsae.configfile import read_config, to_dict
+from bigsae.hub.card import Entry, entry, model_card
+from bigsae.hub.files import write_atomic, write_json
+from bigsae.hub.formats import CONFIGS, FILES, SPARSITY, Format, default_format, read_sae, save_sae
+from bigsae.hub.load import check_inside
+from bigsae.hub.options import ExportConfig
+from bigsae.hub.repository import commit_folder, open_repository
+from bigsae.hub.secrets import without_secrets
+from bigsae.sae.base import SAE
+
+_NOT_SAES = ("checkpoints", "wandb", "tensorboard")
+_CARD = "README.md"
+
+
+def export_run(config: ExportConfig) -> str:
+    """Publish the SAEs in the folder `config.run` on the Hub, in one commit; and, or, write them to `config.output`.
+
+    Returns the commit's address, or the folder. Raises UserError where there is nothing to export, a format cannot
+    hold an SAE, or the Hub refuses; HubDown (one too) where it cannot be reached.
+    """
+    run = Path(config.run)
+    names = find_saes(run)
+    run_config = run / "config.json"
+    # Beside an SAE's own files it is dictionary_learning's.
+    trained = read_config(run_config) if names != ["."] and run_config.exists() else None
+    saes = ((name if name != "." else run.resolve().name, *_read(run, name)) for name in names)
+    return _publish(saes, len(names), config, trained, _rows(run))
+
+
+def push_saes(
+    saes: Mapping[str, SAE],
+    repo_id: str,
+    *,
+    format: Format | None = None,
+    private: bool = False,
+    license: str = "unknown",
+    base_model: str | None = None,
+    dataset: str | None = None,
+    message: str | None = None,
+) -> str:
+    """Publish `saes`, by the folders that they get, in the repository `repo_id` ("user/name"), in one commit.
+
+    Options as of ExportConfig. Returns the commit's address. Raises UserError, and HubDown where the Hub is away.
+    """
+    for name in saes:
+        check_inside(name)
+    config = ExportConfig(
+        "", repo_id, None, format, private, license, base_model, dataset, message or f"{len(saes)} SAEs"
+    )
+    return _publish(((name, sae, None) for name, sae in saes.items()), len(saes), config, None, [])
+
+
+def _publish(
+    saes: Iterable[tuple[str, SAE, Tensor | None]],
+    num_saes: int,
+    config: ExportConfig,
+    trained: TrainConfig | None,
+    rows: list[dict[str, Any]],
+) -> str:
+    """`trained` and `rows` (of metrics.jsonl) are of the run that the SAEs come from."""
+    repo_id = config.push_to_hub
+    if not num_saes:
+        raise UserError("there is no SAE to export")
+    if repo_id is None and config.output is None:
+        raise UserError("nothing to do: set --push-to-hub user/name, or --output folder")
+    if repo_id is not None:
+        open_repository(repo_id, config.private, "--push-to-hub")
+    with _folder(config.output) as folder:
+        entries = [
+            _write(folder, name, sae, sparsity, config)
+            for name, sae, sparsity in tqdm(saes, "SAEs", num_saes, unit="SAE", disable=None)
+        ]
+        if trained is not None:
+            write_json(folder / "config.json", without_secrets(to_dict(trained)))
+        if rows:
+            lines = "".join(json.dumps(without_secrets(row)) + "\n" for row in rows)
+            write_atomic(folder / "metrics.jsonl", lambda path: path.write_text(lines))
+        origin = entries[0].metadata
+        card = model_card(
+            repo_id or str(config.output),
+            repo_id is not None,
+            entries,
+            trained,
+            rows,
+            str(config.base_model or (trained.model if trained else origin.get("model_name")) or ""),
+            str(config.dataset or (trained.dataset if trained else origin.get("dataset_path")) or ""),
+            config.license,
+        )
+        write_atomic(folder / _CARD, lambda path: path.write_text(without_secrets(card)))
+        if repo_id is None:
+            return str(folder)
+        message = config.message or f"{num_saes} SAEs of {Path(config.run).resolve().name}"
+        return commit_folder(folder, repo_id, message, "--push-to-hub")
+
+
+@contextmanager
+def _folder(output: str | Path | None) -> Iterator[Path]:
+    if output is None:
+        with tempfile.TemporaryDirectory(prefix="bigsae-export-") as folder:
+            yield Path(folder)
+        return
+    folder = Path(output)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"--output {output} is there and not empty: give another folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    yield folder
+
+
+def _write(folder: Path, name: str, sae: SAE, sparsity: Tensor | None, config: ExportConfig) -> Entry:
+    """Write one SAE to its folder below `folder`. `sparsity` [d_sae] is log10 of how often latents fire."""
+    origin = {"model_name": config.base_model, "dataset_path": config.dataset}
+    sae = copy.copy(sae)  # the caller's keeps its metadata
+    sae.metadata = without_secrets(sae.metadata | {key: value for key, value in origin.items() if value})
+    format = config.format or default_format(sae)
+    frequencies = None if sparsity is None else (10 ** sparsity.double() - 1e-10).clamp(min=0)
+    try:
+        save_sae(sae, folder / name, frequencies, format)
+    except UserError as error:
+        raise UserError(f"{name} cannot be exported as {format}: {error}") from None
+    return entry(name, sae, format)
+
+
+def find_saes(run: Path) -> list[str]:
+    """The folders of SAEs below `run`, in the order of their layers; "." where it is an SAE's own. Raises UserError."""
+    if not run.is_dir():
+        raise UserError(f"{run} is no folder: give that of a run")
+    if (run / "cfg.json").exists() or (run / "ae.pt").exists():
+        return ["."]
+    found = []
+    for path, folders, files in os.walk(run):  # which follows no links
+        top = Path(path) == run
+        folders[:] = [f for f in folders if not f.startswith(".") and not (top and f in _NOT_SAES)]
+        if not top and any(name in files for name in CONFIGS):
+            found.append(Path(path).relative_to(run).as_posix())
+    if not found:
+        raise UserError(f"{run} holds no SAE yet: finish its training (--resume), or give another folder")
+    return sorted(found, key=lambda name: [int(p) if p.isdigit() else p for p in re.split(r"(\d+)", name)])
+
+
+def _read(run: Path, name: str) -> tuple[SAE, Tensor | None]:
+    """The SAE, and log10 of how often its latents fire [d_sae] where that is known."""
+    folder = run / name
+    for file in FILES:
+        if not (folder / file).resolve().is_relative_to(run.resolve()):
+            raise UserError(f"{folder / file} leads out of {run}: it is not exported")
+    sae = read_sae(folder)
+    if not (folder / SPARSITY).exists():
+        return sae, None
+    sparsity = load_file(folder / SPARSITY).get("sparsity")
+    return sae, sparsity if sparsity is not None and sparsity.shape == (sae.d_sae,) else None
+
+
+def _rows(run: Path) -> list[dict[str, Any]]:
+    """What metrics.jsonl of `run` holds; the torn last line of a run that was killed is left out."""
+    path = run / "metrics.jsonl"
+    if not path.exists():
+        return []
+    rows = []
+    for line in path.read_text().splitlines():
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict) and isinstance(row.get("step"), int):
+            rows.append(row)
+    return rows

@@ -1,0 +1,107 @@
+"""Where metrics go beside metrics.jsonl: Accelerate's trackers. A resumed run goes on in the tracker's same run."""
+
+from __future__ import annotations
+
+import json
+import secrets
+from datetime import timedelta
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration
+
+from bigsae.config import TrainConfig, UserError
+from bigsae.configfile import to_dict
+from bigsae.hub.files import write_json
+from bigsae.hub.secrets import without_secrets
+
+_PACKAGES = {"wandb": ("wandb",), "tensorboard": ("tensorboardX", "tensorboard"), "trackio": ("trackio",)}
+_IDENTITY = "trackers.json"
+
+
+class Trackers:
+    """The trackers of `--log-with` and `--wandb.project`; there may be none. All ranks have it, the main one logs."""
+
+    def __init__(self, config: TrainConfig):
+        """Raises UserError where a tracker's package is not installed."""
+        self.config = config
+        implied = ("wandb",) if config.wandb.project is not None else ()
+        self.names: tuple[str, ...] = tuple(dict.fromkeys((*config.log_with, *implied)))
+        for name in self.names:
+            # Accelerate leaves it out in silence.
+            if not any(find_spec(package) for package in _PACKAGES[name]):
+                raise UserError(f"--log-with {name} needs a package: pip install {_PACKAGES[name][0]}")
+        self.out = Path(config.output_dir)
+        self.accelerator = Accelerator(
+            cpu=not torch.cuda.is_available(),
+            log_with=list(self.names) or None,
+            project_config=ProjectConfiguration(logging_dir=str(self.out / "tensorboard")),
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(minutes=config.timeout))],
+        )
+
+    @property
+    def takes_saes(self) -> bool:
+        """Whether SAEs are to be logged as well; the same on every rank."""
+        return "wandb" in self.names and self.config.wandb.artifacts
+
+    def start(self, resumed_step: int | None) -> None:
+        """Begin, or go on after `resumed_step`."""
+        if not self.names or not self.accelerator.is_main_process:
+            return
+        resumes, wandb = resumed_step is not None, self.config.wandb
+        identity = self._identity(resumes)
+        arguments: dict[str, dict[str, Any]] = {
+            "wandb": {"name": wandb.name, "entity": wandb.entity, "dir": str(self.out), "id": identity},
+            "trackio": {"name": f"{wandb.name or self.out.resolve().name}-{identity}"},
+            "tensorboard": {},
+        }
+        if resumed_step is not None:
+            arguments["wandb"]["resume"] = arguments["trackio"]["resume"] = "allow"
+            arguments["tensorboard"]["purge_step"] = (
+                resumed_step + 1
+            )  # written anew, so not to be shown twice
+        self.accelerator.init_trackers(wandb.project or "bigsae", init_kwargs=arguments)
+        values = without_secrets(to_dict(self.config))
+        for tracker in self.accelerator.trackers:
+            if tracker.name != "tensorboard":
+                tracker.store_init_configuration(values)
+            elif not resumes:
+                tracker.store_init_configuration(_flat(values))
+
+    def _identity(self, resumes: bool) -> str:
+        """The name of this run among others, kept in its folder."""
+        path = self.out / _IDENTITY
+        if resumes and path.exists():
+            return json.loads(path.read_text())["id"]
+        identity = secrets.token_hex(4)
+        write_json(path, {"id": identity})
+        return identity
+
+    def log(self, values: dict[str, float], step: int) -> None:
+        """Log `values`."""
+        self.accelerator.log(values, step=step)
+
+    def log_saes(self, folder: Path, step: int) -> None:
+        """Log what `folder` holds as the newest version of the run's artifact; it may be removed afterwards."""
+        run: Any = self.accelerator.get_tracker("wandb", unwrap=True)
+        run.log_artifact(str(folder), name=f"saes-{run.id}", type="model", aliases=["latest", f"step_{step}"])
+
+    def finish(self) -> None:
+        """End all trackers' runs."""
+        for tracker in self.accelerator.trackers:
+            # Not end_training(): a script may train again in the same process group.
+            tracker.finish()
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The values as tensorboard takes them: in one dictionary, of numbers and text."""
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = value if isinstance(value, (bool, int, float, str)) else str(value)
+    return flat

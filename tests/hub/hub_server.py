@@ -1,0 +1,263 @@
+"""As much of the Hub as publishing and loading SAEs asks for: repositories with commits, LFS files, and bad days."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+import yaml
+
+TOKEN = "hf_ThisIsTheTestsOwnSecret"
+_LFS = (".safetensors", ".pt")
+
+
+@dataclass
+class Repository:
+    private: bool = False
+    commits: list[tuple[str, str, dict[str, bytes]]] = field(default_factory=list)
+    """(id, message, all files) of each, the newest last."""
+
+    @property
+    def files(self) -> dict[str, bytes]:
+        return self.commits[-1][2]
+
+    def commit(self, message: str, files: dict[str, bytes]) -> str:
+        sha = hashlib.sha1(f"{len(self.commits)} {message}".encode()).hexdigest()
+        self.commits.append((sha, message, files))
+        return sha
+
+    def at(self, revision: str) -> tuple[str, str, dict[str, bytes]] | None:
+        if revision == "main":
+            return self.commits[-1]
+        return next((commit for commit in self.commits if commit[0] == revision), None)
+
+
+@dataclass
+class Hub:
+    endpoint: str = ""
+    repositories: dict[str, Repository] = field(default_factory=dict)
+    objects: dict[str, bytes] = field(default_factory=dict)
+    """What was uploaded whole, by its SHA-256."""
+    requests: list[tuple[str, str]] = field(default_factory=list)
+    """(method, path) of each."""
+    down: bool = False
+    """Answer 503 to everything."""
+    drops: int = 0
+    """So many uploads are cut off in their middle."""
+    drop_commits: int = 0
+    """So many commits are cut off before anything is done."""
+    refuses_writes: bool = False
+    hold: threading.Event | None = None
+    """Uploads wait for it."""
+
+    def count(self, method: str, part: str) -> int:
+        return sum(m == method and part in path for m, path in self.requests)
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    hub: Hub
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Nothing to standard error."""
+
+    def do_HEAD(self) -> None:
+        self.route()
+
+    def do_GET(self) -> None:
+        self.route()
+
+    def do_POST(self) -> None:
+        self.route()
+
+    def do_PUT(self) -> None:
+        self.route()
+
+    def route(self) -> None:
+        hub, path = self.hub, unquote(urlsplit(self.path).path)
+        hub.requests.append((self.command, path))
+        if self.command == "PUT":
+            return self.upload(path.rpartition("/")[2])
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        if hub.down:
+            return self.answer(503, b"", {"X-Error-Message": "maintenance"})
+        if path == "/api/validate-yaml":
+            return self.validate(json.loads(body)["content"])
+        may_write = self.headers.get("Authorization") == f"Bearer {TOKEN}" and not hub.refuses_writes
+        if self.command == "POST" and not may_write:
+            return self.answer(
+                403 if hub.refuses_writes else 401, b"", {"X-Error-Message": "no write access"}
+            )
+        if path == "/api/repos/create":
+            return self.create(json.loads(body))
+        if path.endswith("/info/lfs/objects/batch"):
+            return self.batch(json.loads(body))
+        if path.startswith("/api/models/"):
+            return self.api(path.removeprefix("/api/models/").split("/"), body)
+        return self.resolve(path.removeprefix("/").split("/", 4))
+
+    def answer(self, code: int, body: bytes | Any, headers: dict[str, str] | None = None) -> None:
+        if not isinstance(body, bytes):
+            body = json.dumps(body).encode()
+        self.send_response(code)
+        length = str(len(body))
+        for name, value in {"Content-Length": length, **(headers or {})}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    def hang_up(self) -> None:
+        self.close_connection = True
+        self.connection.close()
+
+    def create(self, asked: dict[str, Any]) -> None:
+        repo_id = f"{asked['organization']}/{asked['name']}"
+        url = {"url": f"{self.hub.endpoint}/{repo_id}"}
+        if repo_id in self.hub.repositories:
+            return self.answer(409, url)
+        repository = Repository(asked.get("visibility") == "private" or bool(asked.get("private")))
+        repository.commit("initial commit", {".gitattributes": b""})
+        self.hub.repositories[repo_id] = repository
+        return self.answer(200, url)
+
+    def validate(self, content: str) -> None:
+        head = yaml.safe_load(content.split("---\n")[1])
+        wrong = [key for key in ("library_name", "license") if not isinstance(head.get(key), str)]
+        self.answer(
+            200 if not wrong else 400, {"errors": [{"message": key} for key in wrong], "warnings": []}
+        )
+
+    def batch(self, asked: dict[str, Any]) -> None:
+        assert "xet" not in asked["transfers"]
+        objects = []
+        for wanted in asked["objects"]:
+            upload = {"upload": {"href": f"{self.hub.endpoint}/lfs/{wanted['oid']}"}}
+            objects.append(wanted | ({} if wanted["oid"] in self.hub.objects else {"actions": upload}))
+        self.answer(200, {"transfer": "basic", "objects": objects})
+
+    def upload(self, oid: str) -> None:
+        hub, size = self.hub, int(self.headers["Content-Length"])
+        if hub.hold is not None:
+            hub.hold.wait(60)
+        if hub.drops:
+            hub.drops -= 1
+            self.rfile.read(size // 2)
+            return self.hang_up()
+        content = self.rfile.read(size)
+        if hub.down or len(content) < size or hashlib.sha256(content).hexdigest() != oid:
+            return self.answer(503, b"")
+        hub.objects[oid] = content
+        return self.answer(200, b"")
+
+    def api(self, parts: list[str], body: bytes) -> None:
+        repository = self.visible("/".join(parts[:2]))
+        if repository is None:
+            return self.answer(404, b"", {"X-Error-Code": "RepoNotFound"})
+        what, revision = (*parts[2:4], "", "main")[:2]
+        commit = repository.at(revision or "main")
+        if commit is None:
+            return self.answer(404, b"", {"X-Error-Code": "RevisionNotFound"})
+        sha, _, files = commit
+        if what in ("", "revision"):
+            siblings = [{"rfilename": name} for name in files]
+            facts = {
+                "id": "/".join(parts[:2]),
+                "sha": sha,
+                "private": repository.private,
+                "siblings": siblings,
+            }
+            return self.answer(200, facts)
+        if what == "tree":
+            return self.answer(200, [self.entry(name, content) for name, content in files.items()])
+        if what == "preupload":
+            return self.preupload(files, json.loads(body)["files"])
+        assert what == "commit" and revision == "main"
+        return self.commit(repository, "/".join(parts[:2]), [json.loads(line) for line in body.splitlines()])
+
+    def visible(self, repo_id: str) -> Repository | None:
+        repository = self.hub.repositories.get(repo_id)
+        hidden = repository is not None and repository.private
+        return None if hidden and self.headers.get("Authorization") != f"Bearer {TOKEN}" else repository
+
+    def entry(self, name: str, content: bytes) -> dict[str, Any]:
+        oid = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+        entry: dict[str, Any] = {"type": "file", "path": name, "size": len(content), "oid": oid}
+        if name.endswith(_LFS):
+            sha256 = hashlib.sha256(content).hexdigest()
+            entry["lfs"] = {"oid": sha256, "size": len(content), "pointerSize": 130}
+        return entry
+
+    def preupload(self, files: dict[str, bytes], asked: list[dict[str, Any]]) -> None:
+        modes = []
+        for file in asked:
+            name, lfs = file["path"], file["path"].endswith(_LFS)
+            mode = {"path": name, "uploadMode": "lfs" if lfs else "regular", "shouldIgnore": False}
+            if name in files:
+                entry = self.entry(name, files[name])
+                mode["oid"] = entry["lfs"]["oid"] if lfs else entry["oid"]
+            modes.append(mode)
+        self.answer(200, {"files": modes})
+
+    def commit(self, repository: Repository, repo_id: str, lines: list[dict[str, Any]]) -> None:
+        if self.hub.drop_commits:
+            self.hub.drop_commits -= 1
+            return self.hang_up()
+        files, message = dict(repository.files), ""
+        for line in lines:
+            key, value = line["key"], line["value"]
+            if key == "header":
+                message = value["summary"]
+            elif key == "file":
+                files[value["path"]] = base64.b64decode(value["content"])
+            elif key == "lfsFile":
+                if value["oid"] not in self.hub.objects:
+                    return self.answer(400, {"error": f"{value['path']} was not uploaded"})
+                files[value["path"]] = self.hub.objects[value["oid"]]
+            else:
+                assert key == "deletedFile"
+                del files[value["path"]]
+        sha = repository.commit(message, files)
+        return self.answer(
+            200, {"commitUrl": f"{self.hub.endpoint}/{repo_id}/commit/{sha}", "commitOid": sha}
+        )
+
+    def resolve(self, parts: list[str]) -> None:
+        """user, name, "resolve", revision, path."""
+        repository = self.visible("/".join(parts[:2]))
+        if repository is None or len(parts) < 5:
+            return self.answer(404, b"", {"X-Error-Code": "RepoNotFound"})
+        commit = repository.at(parts[3])
+        if commit is None:
+            return self.answer(404, b"", {"X-Error-Code": "RevisionNotFound"})
+        sha, _, files = commit
+        if parts[4] not in files:
+            return self.answer(404, b"", {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": sha})
+        content = files[parts[4]]
+        etag = hashlib.sha256(content).hexdigest()
+        return self.answer(200, content, {"X-Repo-Commit": sha, "ETag": f'"{etag}"'})
+
+
+@contextmanager
+def serve() -> Iterator[Hub]:
+    """A Hub without repositories, on a port of this machine."""
+    hub = Hub()
+    handler = type("Handler", (_Handler,), {"hub": hub})
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    hub.endpoint = f"http://127.0.0.1:{server.server_port}"
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield hub
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
