@@ -21,11 +21,19 @@ from bigsae.config import (
 
 if TYPE_CHECKING:
     from bigsae.hub.load import load_sae
+    from bigsae.pretokenizing.options import PretokenizeConfig
+    from bigsae.pretokenizing.run import pretokenize_dataset
     from bigsae.training.fit import fit
     from bigsae.training.run import train_saes
 
 # Imported at first use, so that `import bigsae` loads neither nnsight nor transformers.
-_LAZY = {"fit": "bigsae.training.fit", "train_saes": "bigsae.training.run", "load_sae": "bigsae.hub.load"}
+_LAZY = {
+    "PretokenizeConfig": "bigsae.pretokenizing.options",
+    "fit": "bigsae.training.fit",
+    "load_sae": "bigsae.hub.load",
+    "pretokenize_dataset": "bigsae.pretokenizing.run",
+    "train_saes": "bigsae.training.run",
+}
 
 __all__ = [
     "BufferConfig",
@@ -35,12 +43,14 @@ __all__ = [
     "LMConfig",
     "MeshConfig",
     "OptimConfig",
+    "PretokenizeConfig",
     "SAEConfig",
     "TrainConfig",
     "UserError",
     "WandbConfig",
     "fit",
     "load_sae",
+    "pretokenize_dataset",
     "train_saes",
 ]
 

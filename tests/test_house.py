@@ -17,8 +17,8 @@ FLOORS = (
     ("checks", "kernels", "parallel"),
     ("sae", "lm"),
     ("data", "hub"),
-    ("training", "planning"),
-    ("commands", "train", "plan"),
+    ("training", "planning", "pretokenizing"),
+    ("commands", "train", "plan", "pretokenize"),
 )
 FLOOR = {room: i for i, rooms in enumerate(FLOORS) for room in rooms}
 # sae.save() writes the run folder's own format, which is hub's to write; opened when called, not when loaded.

@@ -25,6 +25,7 @@ from bigsae.config import TrainConfig, UserError
 from bigsae.data import tokens
 from bigsae.data.buffer import ActivationBuffer
 from bigsae.data.harvest import Harvest
+from bigsae.data.origin import begins_with_bos, check_origin, read_origin
 from bigsae.kernels.dispatch import backend
 from bigsae.lm.activations import Extractor
 from bigsae.lm.hookpoints import Hookpoint, Site, locate, resolve_hookpoints
@@ -89,6 +90,9 @@ def prepare(config: TrainConfig, stop: StopSignal) -> tuple[Run, Callable[[], No
                     config.model, config.lm.revision, config.lm.trust_remote_code
                 )
                 tokens.check_vocabulary(tokenizer, vocab_size(lm_config))
+            origin = read_origin(config.dataset, config.data) if source.pretokenised else None
+            if origin is not None:
+                check_origin(origin, config.dataset, config.model, tokenizer, config.ctx_len)
         rows = tokens.TokenRows(
             source, tokenizer, config.ctx_len, config.data, config.seed, mesh.rank, mesh.num_ranks
         )
@@ -112,7 +116,7 @@ def prepare(config: TrainConfig, stop: StopSignal) -> tuple[Run, Callable[[], No
         {job.name: job for job in jobs},
         trainers,
         Routing(mesh, jobs),
-        _metadata(config, rows),
+        _metadata(config, rows.layout.bos is not None or begins_with_bos(origin)),
         _tracker(accelerator, config),
         stop,
     )
@@ -244,7 +248,7 @@ def _harvest(
     )
 
 
-def _metadata(config: TrainConfig, rows: tokens.TokenRows) -> dict[str, Any]:
+def _metadata(config: TrainConfig, begins_with_bos: bool) -> dict[str, Any]:
     """What an exported SAE says of its origin, in SAELens's terms."""
     return {
         "bigsae_version": version("bigsae"),
@@ -252,7 +256,7 @@ def _metadata(config: TrainConfig, rows: tokens.TokenRows) -> dict[str, Any]:
         "model_class_name": "AutoModelForCausalLM",
         "dataset_path": config.dataset,
         "context_size": config.ctx_len,
-        "prepend_bos": rows.layout.bos is not None,
+        "prepend_bos": begins_with_bos,
     }
 
 
