@@ -8,6 +8,10 @@ from typing import Any, Literal
 
 from bigsae.config import DataConfig
 
+_DECIDE_NOTHING = (
+    "output_dir", "num_workers", "commit_tokens", "resume", "push_to_hub", "private", "trust_remote_code",
+)  # fmt: skip
+
 
 @dataclass(frozen=True)
 class CorpusConfig:
@@ -61,6 +65,8 @@ class PretokenizeConfig:
     """About so many tokens in each file; decides how much a worker holds in memory, 4 to 8 bytes each."""
     num_workers: int | None = None
     """Processes that tokenise and write. Default: the cores there are. Decides the time alone."""
+    commit_tokens: int = 1 << 22
+    """Each worker puts what it has on disk after so many tokens: a kill loses no more."""
     resume: bool = False
     """Go on where an interrupted call with the same options stopped; starts afresh where there is nothing."""
     push_to_hub: str | None = None
@@ -81,7 +87,7 @@ class PretokenizeConfig:
         """What decides the bytes that are written, as plain JSON values by their flags."""
         values = dataclasses.asdict(self)
         corpus = values.pop("data")
-        for name in ("output_dir", "num_workers", "resume", "push_to_hub", "private", "trust_remote_code"):
+        for name in _DECIDE_NOTHING:
             values.pop(name)
         values |= {f"data.{name}": value for name, value in corpus.items()}
         return {"--" + name.replace("_", "-"): value for name, value in values.items()}

@@ -88,6 +88,8 @@ def _check(config: PretokenizeConfig) -> None:
         raise UserError(f"--data.num-shards {config.data.num_shards} must be at least 1")
     if config.num_workers is not None and config.num_workers < 1:
         raise UserError(f"--num-workers {config.num_workers} must be at least 1")
+    if config.commit_tokens < 1:
+        raise UserError(f"--commit-tokens {config.commit_tokens} must be at least 1")
     if not config.ctx_len <= config.tokens_per_file <= _MOST_TOKENS_PER_FILE:
         raise UserError(
             f"--tokens-per-file {config.tokens_per_file} must be between --ctx-len {config.ctx_len} and "
@@ -160,7 +162,7 @@ class _Fill:
         source = open_dataset(config.dataset, config.as_data())
         tokenizer = load_tokenizer(config.model, config.revision, config.trust_remote_code)
         spools = [Spool(self.work / "spool", shard, self.layout) for shard in shards]
-        fill(source, tokenizer, config.as_data(), config.seed, spools, tell)
+        fill(source, tokenizer, config.as_data(), config.seed, spools, config.commit_tokens, tell)
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """The first half: documents to packed rows, spooled to disk by virtual shard.
 
 A spool is a file of raw token ids, row after row, and a JSON of how far it goes: the cursor behind its last row. Both
-are committed together every few million tokens, the JSON last, so that a call that was killed goes on from there; what
+are committed together, the JSON last, so that a call that was killed goes on from there; what
 the file holds beyond its JSON is cut off. What a shard gives does not depend on who packs it, so neither the number of
 workers nor a kill changes a byte.
 """
@@ -22,8 +22,6 @@ from bigsae.data.packing import Cursor, Layout, Packer, Row, pack, start_of
 from bigsae.data.sources import Document, Source
 from bigsae.data.tokenizer import encoder
 from bigsae.hub.files import write_json
-
-COMMIT_TOKENS = 1 << 22  # of all shards of a worker together, between two commits
 
 Tell = Callable[[int, int], None]
 """Called now and then with how many documents and tokens more are done."""
@@ -72,9 +70,15 @@ class Spool:
 
 
 def fill(
-    source: Source, tokenizer: Any, data: DataConfig, seed: int, spools: list[Spool], tell: Tell
+    source: Source,
+    tokenizer: Any,
+    data: DataConfig,
+    seed: int,
+    spools: list[Spool],
+    commit_tokens: int,
+    tell: Tell,
 ) -> None:
-    """Pack the shards of `spools` to their ends, each from where it stands."""
+    """Pack the shards of `spools` to their ends, each from where it stands, with commits on the way."""
     by_shard = {spool.shard: spool for spool in spools if spool.end is None}
     if not by_shard:
         return
@@ -96,7 +100,7 @@ def fill(
             continue
         by_shard[item.cursor.shard].add(item)
         num_waiting += layout.ctx_len
-        if num_waiting >= COMMIT_TOKENS:
+        if num_waiting >= commit_tokens:
             for spool in by_shard.values():
                 spool.commit()
             num_waiting = 0

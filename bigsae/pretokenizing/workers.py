@@ -6,6 +6,7 @@ import fcntl
 import multiprocessing
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -20,6 +21,8 @@ from bigsae.pretokenizing.spool import Tell
 
 Work = Callable[[Any, Tell], None]
 
+SECONDS_TO_END = 10.0
+
 _TOKENIZERS = "transformers.models.auto.tokenization_auto"
 
 _shared: Any = None
@@ -31,17 +34,26 @@ class _Stopped(Exception):
 
 @contextmanager
 def alone_in(folder: Path) -> Iterator[None]:
-    """Raises UserError where another call, or what is left of a killed one, still writes in `folder`."""
+    """Raises UserError where another call still writes in `folder`; workers of a killed one have time to end."""
     with (folder / "lock").open("a") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(
-                f"--output-dir {folder.parent}: another bigsae.pretokenize is at work in it: wait for it, or choose "
-                "another folder"
-            ) from None
+        deadline = time.monotonic() + SECONDS_TO_END
+        while not _locked(lock):
+            if time.monotonic() > deadline:
+                raise UserError(
+                    f"--output-dir {folder.parent}: another bigsae.pretokenize is at work in it: wait for it, or "
+                    "choose another folder"
+                )
+            time.sleep(0.1)
         fcntl.flock(lock, fcntl.LOCK_SH)  # shared with the workers
         yield
+
+
+def _locked(lock: Any) -> bool:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 class Workers:

@@ -10,6 +10,8 @@ import pytest
 
 import bigsae
 from bigsae.config import DataConfig
+from bigsae.data import packing
+from bigsae.data.sources import Start
 from bigsae.data.tokenizer import load_tokenizer
 from bigsae.data.tokens import TokenRows, open_dataset
 from bigsae.pretokenizing.run import pretokenize_dataset
@@ -78,8 +80,9 @@ def pretokenized(home, out, **options):
         ("none",) * 3,
     ],
 )
-def test_special_tokens(home, tmp_path, row, begin, after):
-    """Against packing too simple to be wrong, of one shard in the order of the shard."""
+def test_special_tokens(home, tmp_path, monkeypatch, row, begin, after):
+    """Against packing too simple to be wrong, of one shard in the order of the shard; long documents come in pieces."""
+    monkeypatch.setattr(packing, "PIECE_CHARACTERS", 300)
     config = configured(
         home, tmp_path / "out", shuffle=False, begin_batch_token=row, begin_sequence_token=begin,
         sequence_separator_token=after,
@@ -89,8 +92,6 @@ def test_special_tokens(home, tmp_path, row, begin, after):
     tokenizer = load_tokenizer(config.model)
     ids = {"bos": [tokenizer.bos_token_id], "eos": [tokenizer.eos_token_id], "none": [], "7": [7], "8": [8]}
     source = open_dataset(config.dataset, config.as_data())
-    from bigsae.data.sources import Start
-
     stream = []
     for document in source.walk(config.as_data(), 0, 0, {0: Start(0)}):
         if document.content.strip():
