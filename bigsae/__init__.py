@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from bigsae.hub.export import export_run, push_saes
     from bigsae.hub.load import load_sae
     from bigsae.hub.options import ExportConfig
+    from bigsae.pretokenizing.options import PretokenizeConfig
+    from bigsae.pretokenizing.run import pretokenize_dataset
     from bigsae.reporting.options import ReportConfig
     from bigsae.reporting.write import write_report
     from bigsae.training.fit import fit
@@ -39,12 +41,14 @@ if TYPE_CHECKING:
 _LAZY = {
     "EvaluateConfig": "bigsae.evaluation.options",
     "ExportConfig": "bigsae.hub.options",
+    "PretokenizeConfig": "bigsae.pretokenizing.options",
     "ReportConfig": "bigsae.reporting.options",
     "evaluate_saes": "bigsae.evaluation.run",
     "export_run": "bigsae.hub.export",
     "fit": "bigsae.training.fit",
     "load_sae": "bigsae.hub.load",
     "open_activations": "bigsae.caching.read",
+    "pretokenize_dataset": "bigsae.pretokenizing.run",
     "push_saes": "bigsae.hub.export",
     "splice": "bigsae.evaluation.splicing",
     "train_saes": "bigsae.training.run",
@@ -64,6 +68,7 @@ __all__ = [
     "LMConfig",
     "MeshConfig",
     "OptimConfig",
+    "PretokenizeConfig",
     "ReportConfig",
     "SAEConfig",
     "TrainConfig",
@@ -74,6 +79,7 @@ __all__ = [
     "fit",
     "load_sae",
     "open_activations",
+    "pretokenize_dataset",
     "push_saes",
     "splice",
     "train_saes",

@@ -19,8 +19,8 @@ FLOORS = (
     ("data", "hub"),
     ("evaluation",),
     ("training", "planning"),
-    ("caching", "reporting"),
-    ("commands", "train", "plan", "evaluate", "report", "cache_activations", "export"),
+    ("caching", "pretokenizing", "reporting"),
+    ("commands", "train", "plan", "evaluate", "report", "cache_activations", "export", "pretokenize"),
 )
 FLOOR = {room: i for i, rooms in enumerate(FLOORS) for room in rooms}
 # sae.save() writes the run folder's own format, which is hub's to write; opened when called, not when loaded.

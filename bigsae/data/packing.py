@@ -37,6 +37,8 @@ class Layout:
     """Documents are token ids; each is cut into rows by itself."""
     dtype: type[np.unsignedinteger]
     """Smallest that holds the vocabulary."""
+    document_begin: int | None = None
+    """Token before each document."""
 
     @property
     def num_packed(self) -> int:
@@ -214,6 +216,8 @@ def _tokenise(batch: list[Piece], encode: Encode) -> Iterator[tuple[Piece, np.nd
     layout = batch[0].packer.layout
     contents = [piece.content for piece in batch]
     for piece, ids in zip(batch, contents if layout.pretokenised else encode(contents), strict=True):
+        if piece.cursor.piece == 0 and layout.document_begin is not None:
+            ids = np.insert(ids, 0, layout.document_begin)
         if piece.is_last and layout.separator is not None:
             ids = np.append(ids, layout.dtype(layout.separator))
         yield piece, ids[piece.cursor.offset :]
@@ -248,7 +252,7 @@ def produce(
         if data.epochs is not None and epoch >= data.epochs:
             return
         walked = {shard: packer for shard, packer in packers.items() if packer.epoch == epoch}
-        starts = {shard: _start(packer) for shard, packer in walked.items()}
+        starts = {shard: start_of(packer) for shard, packer in walked.items()}
         num_rows = num_tokens = 0
         for item in pack(source.walk(data, seed, epoch, starts), packers, encode):
             if isinstance(item, int):
@@ -273,7 +277,8 @@ def produce(
         )
 
 
-def _start(packer: Packer) -> Start:
+def start_of(packer: Packer) -> Start:
+    """Where the walk through this packer's documents begins."""
     return Start(packer.start.position, packer.start.anchor) if packer.resumes else Start(0)
 
 

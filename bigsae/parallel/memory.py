@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from bigsae.checks import resolve_prefixes
 from bigsae.config import OptimConfig, SAEConfig
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
@@ -92,7 +91,7 @@ def sae_shape(
     topk = sae.architecture in ("topk", "batchtopk", "matryoshka")
     width = d_out if d_out is not None else d_in
     uses_auxk = topk and sae.auxk_coefficient != 0
-    num_prefixes = len(resolve_prefixes(sae, d_sae)) if sae.architecture == "matryoshka" else 1
+    num_prefixes = _num_prefixes(sae, d_sae) if sae.architecture == "matryoshka" else 1
     return SAEShape(
         d_in=d_in,
         d_sae=d_sae,
@@ -114,6 +113,12 @@ def sae_shape(
         num_prefixes=num_prefixes,
         num_sums=num_prefixes + (sae.multi_topk or sae.architecture == "gated"),
     )
+
+
+def _num_prefixes(sae: SAEConfig, d_sae: int) -> int:
+    """As `checks.resolve_prefixes`, a neighbour of this room, resolves them."""
+    prefixes = sae.prefixes or [d_sae // part for part in (16, 8, 4, 2) if d_sae // part]
+    return len({d_sae, *(p for p in prefixes if p < d_sae)})
 
 
 def _mean_active(sae: SAEConfig, d_sae: int) -> float:

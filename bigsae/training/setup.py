@@ -21,6 +21,7 @@ from bigsae.config import TrainConfig, UserError
 from bigsae.data import tokens
 from bigsae.data.buffer import ActivationBuffer
 from bigsae.data.harvest import Harvest
+from bigsae.data.origin import begins_with_bos, check_origin, read_origin
 from bigsae.kernels.dispatch import backend
 from bigsae.lm.activations import Extractor
 from bigsae.lm.hookpoints import Site, locate, resolve_targets
@@ -109,6 +110,9 @@ def prepare(config: TrainConfig, stop: StopSignal) -> tuple[Run, Callable[[], No
                     config.model, config.lm.revision, config.lm.trust_remote_code
                 )
                 tokens.check_vocabulary(tokenizer, vocab_size(lm_config))
+            origin = read_origin(config.dataset, config.data) if source.pretokenised else None
+            if origin is not None:
+                check_origin(origin, config.dataset, config.model, tokenizer, config.ctx_len)
         rows = tokens.TokenRows(
             source, tokenizer, config.ctx_len, config.data, config.seed, mesh.rank, mesh.num_ranks
         )
@@ -121,7 +125,7 @@ def prepare(config: TrainConfig, stop: StopSignal) -> tuple[Run, Callable[[], No
     limit_waits(process_groups(model), config.timeout)
     trained_on = _trained_on(config, tokenizer, vocab_size(lm_config))
     harvest = _harvest(config, sites, rows, Extractor(model, sites), trained_on, mesh)
-    prepend_bos = rows.layout.bos is not None
+    prepend_bos = rows.layout.bos is not None or begins_with_bos(origin)
     given = _Given(harvest, rows, heldout, prepend_bos, f"language model {layout}", local_bytes(model))
     return _begin(config, given, around, jobs, widths)
 
