@@ -305,6 +305,11 @@ def check(config: TrainConfig, num_ranks: int) -> None:
         raise UserError(
             "--eval.every, --eval.rows and --eval.ce need documents to measure on: set --data.heldout-documents"
         )
+    if config.eval.ce and config.activations is not None:
+        raise UserError(
+            "--eval.ce needs the language model, which --activations does without: leave it out, and measure the SAEs "
+            "with bigsae.evaluate"
+        )
     wandb = "wandb" in config.log_with or config.wandb.project is not None
     if not wandb and (config.wandb.name or config.wandb.entity or not config.wandb.artifacts):
         raise UserError(

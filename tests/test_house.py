@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent / "bigsae"
 
 # Rooms from the ground up; a module may import from its own room and those before it. `seeds` and `config` are leaves.
 FLOORS = (
-    ("seeds", "config"),
+    ("seeds", "config", "progress"),
     ("checks", "configfile", "kernels", "parallel"),
     ("sae", "lm"),
     ("data", "hub"),

@@ -17,7 +17,6 @@ from transformers.utils.logging import disable_progress_bar
 
 from bigsae.caching.folder import MADE, check_disk, check_folder, check_same, identity
 from bigsae.caching.options import CacheConfig, check_options
-from bigsae.caching.progress import shown_progress
 from bigsae.caching.push import push_cache
 from bigsae.caching.shards import (
     ShardBuffer,
@@ -36,8 +35,10 @@ from bigsae.lm.activations import Extractor
 from bigsae.lm.hookpoints import locate, resolve_hookpoints
 from bigsae.lm.loading import download_lm, load_lm, meta_model, process_groups, resolve_layout, vocab_size
 from bigsae.parallel import collectives
+from bigsae.parallel.launch import join_launch
 from bigsae.parallel.mesh import Mesh, build_mesh
 from bigsae.parallel.nodes import first_on_node, limit_waits, lost_peers_named
+from bigsae.progress import Progress
 from bigsae.training import setup
 from bigsae.training.run import Preempted
 from bigsae.training.signals import StopSignal
@@ -58,7 +59,7 @@ def write_activations(config: CacheConfig) -> Path:
     """
     folder = Path(config.output_dir)
     with StopSignal() as stop, lost_peers_named(config.timeout):
-        setup._accelerator(config.as_run(1))
+        join_launch(config.timeout)
         mesh = build_mesh()
         limit_waits((mesh.world, mesh.control), config.timeout)
         if not mesh.is_main:
@@ -109,7 +110,7 @@ class _Writing:
         sites = locate(meta, resolve_hookpoints(config.hookpoints, meta))
         self.widths = {site.name: site.d_in for site in sites}
         done = self._take_over()
-        with setup._errors_shared(mesh):
+        with setup.errors_shared(mesh):
             self._check_disk(sum(w.shard.num_activations for part in done.values() for w in part if w.shard))
             with first_on_node(mesh):
                 data = tokens.open_dataset(config.dataset, config.data)
@@ -132,7 +133,7 @@ class _Writing:
             logger.info("%d ranks on %s, language model %s", mesh.num_ranks, mesh.device.type, layout)
             if mesh.is_main:
                 write_json(self.folder / MADE, identity(config))
-            trained_on = setup._trained_on(self.as_run, tokenizer, vocab_size(lm_config))
+            trained_on = setup.trained_on_of(self.as_run, tokenizer, vocab_size(lm_config))
             self.source = _Source(rows, heldout, trained_on, Extractor(model, sites))
             done = self._write(done)
         finally:
@@ -147,7 +148,7 @@ class _Writing:
     def _take_over(self) -> dict[int, list[Written]]:
         """What all ranks of a run before have finished; the rest of it is removed."""
         done: dict[int, list[Written]] = {}
-        with setup._errors_shared(self.mesh):
+        with setup.errors_shared(self.mesh):
             if self.mesh.is_main and self.config.resume:
                 done = read_progress(self.folder)
                 drop_after(self.folder, max(done, default=HELDOUT - 1))
@@ -199,7 +200,13 @@ class _Writing:
             self.source.rows.load_state_dict(tokens.merge_states(states))
         buffer = self._buffer(self.num_forwards * self.micro_rows)
         ended = total >= config.tokens
-        with shown_progress(config.tokens, total, mesh.is_main) as show:
+        first = total
+        with Progress("writing", config.tokens, "activations", total, shown=mesh.is_main) as progress:
+
+            def show(done: int) -> None:
+                speed = (done - first) / progress.seconds
+                progress.reach(min(done, config.tokens), f"{speed:,.0f} tokens/s")
+
             while not ended:
                 total, ended = self._gather(buffer, total, show)
                 written = self._write_place(buffer, place, self.source.rows.state_dict())
@@ -279,7 +286,7 @@ class _Writing:
         any_rows = collectives.max_ints([buffer.num_rows], mesh.control)[0]
         written = Written(place, mesh.rank, mesh.num_ranks, None, data)
         if any_rows:
-            with setup._errors_shared(mesh):
+            with setup.errors_shared(mesh):
                 try:
                     written = replace(written, shard=buffer.write(self.folder, place, mesh.rank))
                     write_progress(self.folder, written)

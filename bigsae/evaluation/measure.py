@@ -20,11 +20,11 @@ from bigsae.evaluation.language import (
     score,
 )
 from bigsae.evaluation.options import EvaluateConfig
-from bigsae.evaluation.progress import Progress
 from bigsae.evaluation.reconstruction import ReconstructionSums
 from bigsae.evaluation.targets import Target
 from bigsae.lm.activations import Extractor
 from bigsae.parallel.mesh import Mesh
+from bigsae.progress import Progress
 
 _JOINT = "joint"
 
@@ -43,7 +43,7 @@ def measure(
     joint = len(targets) > 1 and len({t.predicts.name for t in targets}) == len(targets)
     num_sites = len({t.predicts.name for t in targets})
     num_forwards = 1 + (1 + len(targets) + 2 * num_sites + 3 * joint if config.ce else 0)
-    with Progress(num_forwards * len(batches), shown=mesh.is_main) as progress:
+    with Progress("measuring", num_forwards * len(batches), "forwards", shown=mesh.is_main) as progress:
         sums = _reconstruct(extractor, batches, targets, mesh, progress)
         scores: dict[str, Scores] = {}
         if config.ce:

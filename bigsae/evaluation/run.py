@@ -6,14 +6,12 @@ import itertools
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import datasets
 import torch
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
@@ -36,6 +34,7 @@ from bigsae.lm.loading import (
     resolve_layout,
     vocab_size,
 )
+from bigsae.parallel.launch import join_launch
 from bigsae.parallel.mesh import Mesh, build_mesh
 from bigsae.parallel.nodes import first_on_node, limit_waits, lost_peers_named
 
@@ -56,11 +55,7 @@ def evaluate_saes(config: EvaluateConfig) -> dict[str, Any]:
 
 def _evaluate(config: EvaluateConfig) -> dict[str, Any]:
     check_options(config)
-    accelerator = Accelerator(
-        cpu=not torch.cuda.is_available(),
-        log_with="wandb" if config.wandb.project else None,
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(minutes=config.timeout))],
-    )
+    accelerator = join_launch(config.timeout, log_with="wandb" if config.wandb.project else None)
     mesh = build_mesh()
     limit_waits((mesh.world, mesh.control), config.timeout)
     if not mesh.is_main:

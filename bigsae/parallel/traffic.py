@@ -1,7 +1,7 @@
 """What an SAE's step sends, as numbers: every collective of training/ and sae/ on a mesh, by name and size.
 
 Only topk has candidates. Not counted are the scalars of the other architectures, and of batchtopk and matryoshka the
-histograms of the selection: 16 KB or less a time, over all ranks, as often as the values ask for, about four times a step.
+histograms of the selection: 16 KB or less a time, over all ranks, as often as the values ask for (about four times).
 
 docs/mesh.md explains the terms; tests/distributed/test_traffic.py counts the collectives of real steps against them.
 """

@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -20,12 +21,12 @@ from bigsae.data.sources import MapSource
 from bigsae.data.tokenizer import load_tokenizer
 from bigsae.hub.files import write_atomic, write_json
 from bigsae.pretokenizing import files, folder
-from bigsae.pretokenizing.bar import Bar
 from bigsae.pretokenizing.options import PretokenizeConfig
 from bigsae.pretokenizing.push import check_repository, push
 from bigsae.pretokenizing.special import layout_of, resolve_special
 from bigsae.pretokenizing.spool import Spool, Tell, fill
 from bigsae.pretokenizing.workers import Workers, alone_in
+from bigsae.progress import Progress
 
 logger = logging.getLogger("bigsae")
 
@@ -117,8 +118,8 @@ def _write(
             shutil.rmtree(work)  # other options are other work
             raise _no_row(config, spools)
         count = files.num_files(num_rows, config.ctx_len, config.tokens_per_file)
-        with Bar("writing", "files", count) as bar:
-            workers.run(_WriteFile(config, work, layout, count), list(range(count)), bar.tell)
+        with Progress("writing", count, "files") as progress:
+            workers.run(_WriteFile(config, work, layout, count), list(range(count)), _teller(progress))
     _write_origin(config, work / "files", made, tokenizer, spools, count)
     if config.format == "arrow":
         digest = hashlib.sha256(json.dumps(made, sort_keys=True).encode()).hexdigest()
@@ -141,8 +142,20 @@ def _tokenise(
     done += sum(spool.end["num_documents"] for spool in spools if spool.end is not None)
     shards = [spool.shard for spool in unfinished]
     parts = [part for i in range(num_workers) if (part := shards[i::num_workers])]
-    with Bar("tokenising", "documents", num_documents, done) as bar:
-        workers.run(_Fill(config, work, layout), parts, bar.tell)
+    with Progress("tokenising", num_documents, "documents", done) as progress:
+        workers.run(_Fill(config, work, layout), parts, _teller(progress))
+
+
+def _teller(progress: Progress) -> Callable[[int, int], None]:
+    """What workers tell of things and tokens that are done, to be shown."""
+    num_tokens = 0
+
+    def tell(num_more: int, num_more_tokens: int) -> None:
+        nonlocal num_tokens
+        num_tokens += num_more_tokens
+        progress.advance(num_more, f"{num_tokens / progress.seconds:,.0f} tokens/s")
+
+    return tell
 
 
 def _spools(config: PretokenizeConfig, work: Path, layout: Layout) -> list[Spool]:

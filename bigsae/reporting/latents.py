@@ -18,10 +18,10 @@ from bigsae.lm.activations import Extractor
 from bigsae.lm.hookpoints import locate, resolve_hookpoints
 from bigsae.lm.layout import LMLayout
 from bigsae.lm.loading import load_lm, meta_model, vocab_size
+from bigsae.progress import Progress
 from bigsae.reporting.contexts import Watched, contexts, watch
 from bigsae.reporting.lens import Lens, find_lens, promoted
 from bigsae.reporting.options import ReportConfig
-from bigsae.reporting.progress import progress
 from bigsae.reporting.texts import Texts
 from bigsae.reporting.weights import NEVER, Distributions, nearest_latents
 from bigsae.sae.base import SAE
@@ -96,9 +96,9 @@ def _describe_group(group: Sequence[Shown], options: ReportConfig, table: list[s
     model = load_lm(config.model, config.lm, meta, _ALONE, device, sites)
     lens = find_lens(model)
     watched = [Watched(s.sae.to(device), s.reads, s.latents) for s in group]
-    with progress("looking for contexts", len(ids)) as show:
+    with Progress("looking for contexts", len(ids), "rows") as progress:
         batches = ids.split(config.lm.micro_batch_rows)
-        acts = watch(watched, Extractor(model, sites), batches, kept, show)
+        acts = watch(watched, Extractor(model, sites), batches, kept, progress.reach)
     texts = Texts(tokenizer, table)
     for shown, own in zip(group, acts, strict=True):
         shown.about = {"rows": len(ids), "tokens": int(kept(ids).sum()), "dataset": config.dataset}

@@ -86,7 +86,7 @@ def prepare(config: TrainConfig, stop: StopSignal) -> tuple[Run, Callable[[], No
     made = variants(config)
     check_variants(config, made)
     folder.check_folder(config)
-    with _errors_shared(mesh):
+    with errors_shared(mesh):
         around = _Around(mesh, trackers, open_pusher(config) if mesh.is_main else None, stop)
     if cache is not None:
         return _prepare_cached(config, cache, around, made)
@@ -101,7 +101,7 @@ def prepare(config: TrainConfig, stop: StopSignal) -> tuple[Run, Callable[[], No
     jobs = _checked_jobs(config, names, made, widths, mesh)
     if config.eval.ce:
         check_order(jobs, list(widths))
-    with _errors_shared(mesh):
+    with errors_shared(mesh):
         with first_on_node(mesh):
             source = tokens.open_dataset(config.dataset, config.data)
             tokenizer = None
@@ -123,7 +123,7 @@ def prepare(config: TrainConfig, stop: StopSignal) -> tuple[Run, Callable[[], No
         download_lm(config.model, config.lm, meta)
     model = load_lm(config.model, config.lm, meta, layout, mesh.device, sites, all_layers=config.eval.ce)
     limit_waits(process_groups(model), config.timeout)
-    trained_on = _trained_on(config, tokenizer, vocab_size(lm_config))
+    trained_on = trained_on_of(config, tokenizer, vocab_size(lm_config))
     harvest = _harvest(config, sites, rows, Extractor(model, sites), trained_on, mesh)
     prepend_bos = rows.layout.bos is not None or begins_with_bos(origin)
     given = _Given(harvest, rows, heldout, prepend_bos, f"language model {layout}", local_bytes(model))
@@ -238,7 +238,7 @@ def _begin(
 
 
 @contextmanager
-def _errors_shared(mesh: Mesh) -> Iterator[None]:
+def errors_shared(mesh: Mesh) -> Iterator[None]:
     """What one rank finds wrong with its part of the data all raise, so that rank 0 has it to print."""
     message = ""
     try:
@@ -263,7 +263,7 @@ def _heldout(config: TrainConfig, source: Any, tokenizer: Any, mesh: Mesh) -> Te
     return rows[:usable]
 
 
-def _trained_on(config: TrainConfig, tokenizer: Any, vocab_size: int) -> Callable[[Tensor], Tensor]:
+def trained_on_of(config: TrainConfig, tokenizer: Any, vocab_size: int) -> Callable[[Tensor], Tensor]:
     """The function from rows of ids to which of their activations are trained on."""
     special_ids = tokenizer.all_special_ids if tokenizer is not None else []
 

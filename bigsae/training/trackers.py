@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import json
 import secrets
-from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import torch
-from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration
+from accelerate.utils import ProjectConfiguration
 
 from bigsae.config import TrainConfig, UserError
 from bigsae.configfile import to_dict
 from bigsae.hub.files import write_json
 from bigsae.hub.secrets import without_secrets
+from bigsae.parallel.launch import join_launch
 
 _PACKAGES = {"wandb": ("wandb",), "tensorboard": ("tensorboardX", "tensorboard"), "trackio": ("trackio",)}
 _IDENTITY = "trackers.json"
@@ -35,11 +33,10 @@ class Trackers:
             if not any(find_spec(package) for package in _PACKAGES[name]):
                 raise UserError(f"--log-with {name} needs a package: pip install {_PACKAGES[name][0]}")
         self.out = Path(config.output_dir)
-        self.accelerator = Accelerator(
-            cpu=not torch.cuda.is_available(),
+        self.accelerator = join_launch(
+            config.timeout,
             log_with=list(self.names) or None,
             project_config=ProjectConfiguration(logging_dir=str(self.out / "tensorboard")),
-            kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(minutes=config.timeout))],
         )
 
     @property
@@ -60,9 +57,8 @@ class Trackers:
         }
         if resumed_step is not None:
             arguments["wandb"]["resume"] = arguments["trackio"]["resume"] = "allow"
-            arguments["tensorboard"]["purge_step"] = (
-                resumed_step + 1
-            )  # written anew, so not to be shown twice
+            # What is written anew is not to be shown twice.
+            arguments["tensorboard"]["purge_step"] = resumed_step + 1
         self.accelerator.init_trackers(wandb.project or "bigsae", init_kwargs=arguments)
         values = without_secrets(to_dict(self.config))
         for tracker in self.accelerator.trackers:
