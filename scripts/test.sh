@@ -63,4 +63,5 @@ export PYRIGHT_PYTHON_IGNORE_WARNINGS=1
 ruff format --check .
 ruff check .
 pyright --pythonpath "$venv/bin/python"
-python -m pytest -m "not slow" "$@"
+# Files in parallel: each has its own fixtures. Ranks and threads of a test are few (above).
+python -m pytest -m "not slow" --numprocesses "${TEST_PROCESSES:-2}" --dist loadfile "$@"

@@ -57,7 +57,7 @@ class Trackers:
         }
         if resumed_step is not None:
             arguments["wandb"]["resume"] = arguments["trackio"]["resume"] = "allow"
-            # What is written anew is not to be shown twice.
+            # Later steps are written anew, and not to be shown twice.
             arguments["tensorboard"]["purge_step"] = resumed_step + 1
         self.accelerator.init_trackers(wandb.project or "bigsae", init_kwargs=arguments)
         values = without_secrets(to_dict(self.config))

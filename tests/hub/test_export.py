@@ -135,11 +135,13 @@ def test_the_code_on_the_card_runs(hub: Hub, run):
     torch.testing.assert_close(outputs[0], outputs[1], rtol=1e-4, atol=1e-3)
 
 
-def test_no_token_is_published_or_said(hub: Hub, run, tmp_path, capfd, caplog):
+def test_no_token_is_published_or_said(hub: Hub, run, capfd, caplog, monkeypatch):
     """Neither in the card nor in a configuration: not the one in use, nor one that got into the run."""
     config = json.loads((run / "config.json").read_text())
     config["lm"]["kwargs"] = json.dumps({"token": TOKEN})
     config["sweep"] = [LEAKED]
+    config["data"]["name"] = key = "0123456789abcdef0123"
+    monkeypatch.setenv("WANDB_API_KEY", key)
     (run / "config.json").write_text(json.dumps(config))
     push(run)
     hub.refuses_writes = True
@@ -147,7 +149,7 @@ def test_no_token_is_published_or_said(hub: Hub, run, tmp_path, capfd, caplog):
         push(run)
     said = str(refused.value) + caplog.text + "".join(capfd.readouterr())
     files = hub.repositories["user/name"].files
-    for secret in (TOKEN, LEAKED):
+    for secret in (TOKEN, LEAKED, key):
         assert secret not in said
         for name, content in files.items():
             assert secret.encode() not in content, name

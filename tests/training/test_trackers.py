@@ -178,16 +178,18 @@ def test_tensorboard_and_wandb_side_by_side(config, tmp_path):
     bigsae.train_saes(replace(config, resume=True))
     found = events(config)
     shown: dict[int, float] = {}
+    starts: list[int] = []
     for event in found:
         # As TensorBoard reads them: a start at a step hides what was logged from it on.
         if event.HasField("session_log") and event.session_log.status == event.session_log.START:
+            starts.append(event.step)
             shown = {step: value for step, value in shown.items() if step < event.step}
         for value in event.summary.value:
             if value.tag == f"{NAME}/fvu":
                 shown[event.step] = value.simple_value
     rows = {row["step"]: row["fvu"] for row in metrics(tmp_path / "run")}
     assert list(shown) == [2, 4, 6, 8, 10] == list(rows)
-    assert shown == pytest.approx(rows)
+    assert shown == pytest.approx(rows) and starts == [5]
     (hparams,) = (tmp_path / "run" / "tensorboard").rglob("hparams.yml")
     assert "sae.d_sae: 64" in hparams.read_text()
     assert {step for some in records(config) for step in history(some)} >= {2, 4, 6, 8, 10}
