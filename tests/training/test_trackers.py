@@ -6,6 +6,7 @@ import json
 import sqlite3
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -74,11 +75,15 @@ def interrupt(config: TrainConfig, step: int) -> None:
 
 
 def records(config: TrainConfig) -> list[list[Any]]:
-    """Those of each run of wandb's, oldest first."""
-    paths = sorted(
-        Path(config.output_dir).glob("wandb/offline-run-*/run-*.wandb"), key=lambda p: p.stat().st_ctime
-    )
-    return [list(wandb_records(path)) for path in paths]
+    """Those of each run of wandb's, oldest first. Its service may write for a moment after a run was finished."""
+    deadline = time.monotonic() + 60
+    while True:
+        paths = Path(config.output_dir).glob("wandb/offline-run-*/run-*.wandb")
+        found = [list(wandb_records(path)) for path in sorted(paths, key=lambda path: path.parent.name)]
+        if all(some and some[-1].WhichOneof("record_type") == "exit" for some in found):
+            return found
+        assert time.monotonic() < deadline, "a run of wandb's has no end"
+        time.sleep(0.1)
 
 
 def history(some: list[Any]) -> dict[int, dict[str, Any]]:

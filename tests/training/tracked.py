@@ -23,6 +23,8 @@ def wandb_records(path: Path) -> Iterator[Any]:
             continue
         _, length, kind = struct.unpack("<IHB", content[position : position + _HEADER])
         body = content[position + _HEADER : position + _HEADER + length]
+        if len(body) < length:  # still being written
+            return
         position += _HEADER + length
         parts = body if kind in (_WHOLE, _FIRST) else parts + body
         if kind in (_WHOLE, _LAST):
