@@ -33,7 +33,7 @@ if [[ ! -f "$stamp" || "$(cat "$stamp")" != "$wanted" ]]; then
     torch="$(grep '^torch==' constraints.txt)"
     # Alone and first: the largest download by far, and nothing else has a say in which build of it comes.
     "$venv/bin/python" -m pip install -c constraints.txt "$torch"
-    "$venv/bin/python" -m pip install -c constraints.txt -e '.[dev,docs,gguf,saelens,sparsify]'
+    "$venv/bin/python" -m pip install -c constraints.txt -e '.[dev,docs,gguf,saelens,sparsify,tensorboard]'
     echo "$wanted" >"$stamp"
 fi
 export PATH="$venv/bin:$PATH" VIRTUAL_ENV="$venv"

@@ -19,7 +19,6 @@ from typing import Any
 
 from safetensors.torch import load_file
 from torch import Tensor
-from tqdm import tqdm
 
 from bigsae.config import TrainConfig, UserError
 from bigsae.configfile import read_config, to_dict
@@ -30,6 +29,7 @@ from bigsae.hub.load import check_inside
 from bigsae.hub.options import ExportConfig
 from bigsae.hub.repository import commit_folder, open_repository
 from bigsae.hub.secrets import without_secrets
+from bigsae.progress import Progress
 from bigsae.sae.base import SAE
 
 _NOT_SAES = ("checkpoints", "wandb", "tensorboard")
@@ -90,10 +90,11 @@ def _publish(
     if repo_id is not None:
         open_repository(repo_id, config.private, "--push-to-hub")
     with _folder(config.output) as folder:
-        entries = [
-            _write(folder, name, sae, sparsity, config)
-            for name, sae, sparsity in tqdm(saes, "SAEs", num_saes, unit="SAE", disable=None)
-        ]
+        entries = []
+        with Progress("exporting", num_saes, "SAEs") as progress:
+            for name, sae, sparsity in saes:
+                entries.append(_write(folder, name, sae, sparsity, config))
+                progress.advance()
         if trained is not None:
             write_json(folder / "config.json", without_secrets(to_dict(trained)))
         if rows:
