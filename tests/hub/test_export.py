@@ -17,7 +17,7 @@ from safetensors.torch import load
 
 import bigsae
 from bigsae.config import OptimConfig, SAEConfig, TrainConfig, UserError
-from bigsae.configfile import read_config, to_dict
+from bigsae.configfile import from_dict, read_config, to_dict
 from bigsae.hub.export import export_run
 from bigsae.hub.formats import save_sae
 from bigsae.hub.options import ExportConfig
@@ -114,7 +114,7 @@ def test_the_card_says_what_there_is(hub: Hub, run):
     rows = [line.split(" | ") for line in curve.strip().splitlines()[2:]]
     assert len(rows) == 12 and rows[0][:2] == ["| 100", "2"] and rows[-1][:2] == ["| 4,000", "0.05"]
     assert "`--optim.lr` | 0.001" in text
-    assert read_config(run / "config.json") == bigsae.config.from_dict(
+    assert read_config(run / "config.json") == from_dict(
         TrainConfig, json.loads(files["config.json"]), "pushed"
     )
     assert len(files["metrics.jsonl"].splitlines()) == 80
