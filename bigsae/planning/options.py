@@ -60,7 +60,7 @@ class PlanConfig:
         """The run that is planned, as far as it is known: without dataset and folder."""
         return TrainConfig(
             model=self.model,
-            dataset="of which nothing is known yet",
+            dataset="",
             hookpoints=self.hookpoints,
             output_dir="",
             tokens=self.tokens,

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from transformers.utils.logging import disable_progress_bar
 
-from bigsae.checks import check, resolve_d_sae
+from bigsae.checks import check, check_sources, resolve_d_sae
 from bigsae.config import TrainConfig, UserError
 from bigsae.data import tokens
 from bigsae.data.buffer import ActivationBuffer
@@ -81,6 +81,7 @@ def prepare(config: TrainConfig, stop: StopSignal) -> tuple[Run, Callable[[], No
         with first_on_node(mesh):
             cache = find_cache(config.activations)
         config = with_origin(config, cache)
+    check_sources(config)
     check(config, mesh.num_ranks)
     config = with_sweep_read(config)
     made = variants(config)
