@@ -240,13 +240,17 @@ def check_together(sae: SAEConfig, optim: OptimConfig, num_tokens: int | None) -
         )
 
 
-def check(config: TrainConfig, num_ranks: int) -> None:
-    """Find what is wrong with the values alone, for a run on `num_ranks` ranks. Raises UserError."""
+def check_sources(config: TrainConfig) -> None:
+    """Find a run that says neither what to read nor what is read already. Raises UserError."""
     for flag, value in (("--model", config.model), ("--dataset", config.dataset)):
         if not value:
             raise UserError(f"{flag} is needed: give it, or --activations to train from activations on disk")
     if config.data.cached_order != DataConfig.cached_order and config.activations is None:
         raise UserError("--data.cached-order does nothing without --activations: leave it out")
+
+
+def check(config: TrainConfig, num_ranks: int) -> None:
+    """Find what is wrong with the values alone, for a run on `num_ranks` ranks. Raises UserError."""
     if not config.hookpoints:
         raise UserError("--hookpoints names no module: give at least one, e.g. --hookpoints model.layers.6")
     for flag, value in (

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
 from bigsae import config as cfg
-from bigsae.checks import check, resolve_d_sae
+from bigsae.checks import check, check_sources, resolve_d_sae
 from bigsae.config import TrainConfig, UserError
 from bigsae.data import tokens
 from bigsae.data.buffer import ActivationBuffer
@@ -75,6 +75,7 @@ def prepare(config: TrainConfig, stop: StopSignal) -> tuple[Run, Callable[[], No
         with first_on_node(mesh):
             cache = find_cache(config.activations)
         config = with_origin(config, cache)
+    check_sources(config)
     check(config, mesh.num_ranks)
     made = variants(config)
     check_variants(config, made)
