@@ -5,7 +5,6 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from bigsae.caching.options import CacheConfig
 from bigsae.config import (
     BufferConfig,
     CheckpointConfig,
@@ -22,6 +21,7 @@ from bigsae.config import (
 )
 
 if TYPE_CHECKING:
+    from bigsae.caching.options import CacheConfig
     from bigsae.caching.read import open_activations
     from bigsae.caching.write import write_activations
     from bigsae.evaluation.options import EvaluateConfig
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 
 # Imported at first use, so that `import bigsae` loads neither nnsight nor transformers.
 _LAZY = {
+    "CacheConfig": "bigsae.caching.options",
     "EvaluateConfig": "bigsae.evaluation.options",
     "ExportConfig": "bigsae.hub.options",
     "PretokenizeConfig": "bigsae.pretokenizing.options",

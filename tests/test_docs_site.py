@@ -70,7 +70,7 @@ def test_the_reference_has_all_that_is_exported_with_its_docstrings(site):
         assert name in (options if name.endswith("Config") else others)
     assert "Latents kept per token; on average in batchtopk and matryoshka." in options
     assert "batches : global [batch, d_in] tensors, the same ones on every rank" in others
-    assert "The SAE in folder" in others
+    assert "The SAE in a folder, or in a repository of the Hub" in others
 
 
 def test_all_pages_are_one_click_away(site):

@@ -73,14 +73,13 @@ def build_mesh(num_latent: int = 1) -> Mesh:
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return alone(device)
     num_ranks = dist.get_world_size()
-    assert dist.group.WORLD is not None
     mesh = Mesh(
         rank=dist.get_rank(),
         num_ranks=num_ranks,
         num_local_ranks=int(os.environ.get("LOCAL_WORLD_SIZE", str(num_ranks))),
         device=device,
         data=dist.group.WORLD,
-        control=_on_cpu(dist.group.WORLD),
+        control=_on_cpu(cast(ProcessGroup, dist.group.WORLD)),
         world=dist.group.WORLD,
     )
     return share_latents(mesh, num_latent)

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import bigsae
+from bigsae.configfile import read_config
 from bigsae.training import setup
 from tests.caching.caches import HOOKPOINTS, LM, cache_config, cached_config, make_home, run_config
 from tests.caching.test_write import killed_after
@@ -81,7 +82,7 @@ def test_a_shuffled_run_reads_back_resumes_and_moves(home, tmp_path):
     data = bigsae.DataConfig()
     straight = cached_config(home / "cache", home, tmp_path / "straight", data=data, checkpoint=checkpoint)
     bigsae.train_saes(straight)
-    written = bigsae.config.read_config(tmp_path / "straight" / "config.json")
+    written = read_config(tmp_path / "straight" / "config.json")
     assert (written.model, written.ctx_len) == (str(home / "lm"), 32)
     bigsae.train_saes(replace(written, output_dir=str(tmp_path / "again")))
     assert_same(tmp_path / "again", tmp_path / "straight")

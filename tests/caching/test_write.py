@@ -188,9 +188,10 @@ def test_mistakes(home, tmp_path, monkeypatch, capsys):
     ):
         with pytest.raises(UserError, match=message):
             bigsae.write_activations(replace(config, **changed))
-    secret = replace(config.lm, kwargs='{"token": "hf_secret", "attn_implementation": "eager"}')
-    bigsae.write_activations(replace(config, output_dir=str(tmp_path / "s"), tokens=100, lm=secret))
-    assert not any(b"hf_secret" in data for data in contents(tmp_path / "s").values())
+    secret = replace(config.lm, kwargs='{"token": "hf_secret"}')
+    with pytest.raises(UserError, match=r"--lm\.kwargs sets 'token'"):
+        bigsae.write_activations(replace(config, output_dir=str(tmp_path / "s"), tokens=100, lm=secret))
+    assert not (tmp_path / "s").exists()
     assert "is missing" not in refused(monkeypatch, capsys, "--verify", str(home / "nowhere"))
     shard = home / "cache" / "activations" / HOOKPOINTS[2] / "00001-0000.safetensors"
     data = bytearray(shard.read_bytes())

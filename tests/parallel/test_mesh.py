@@ -18,7 +18,7 @@ def test_the_device_follows_from_the_local_rank(monkeypatch):
     monkeypatch.setattr(mesh.dist, "is_initialized", lambda: True)
     monkeypatch.setattr(mesh.dist, "get_world_size", lambda: 16)
     monkeypatch.setattr(mesh.dist, "get_rank", lambda: 9)
-    monkeypatch.setattr(mesh.dist, "get_backend", lambda: "gloo")
+    monkeypatch.setattr(mesh.dist, "get_backend", lambda group: "gloo")
     monkeypatch.setattr(mesh, "share_latents", lambda built, num_latent: built)  # makes groups of real ranks
     for name, value in {"RANK": "9", "LOCAL_RANK": "1", "WORLD_SIZE": "16", "LOCAL_WORLD_SIZE": "8"}.items():
         monkeypatch.setenv(name, value)

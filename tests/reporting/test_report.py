@@ -154,12 +154,12 @@ def test_foreign_code_runs_only_by_this_commands_flag(home, tmp_path, monkeypatc
     monkeypatch.setattr(latents, "meta_model", lambda *args: seen.append(args[1]) or meta_model(*args))
     shutil.copytree(home / "plain", tmp_path / "foreign")
     config = json.loads((home / "plain/config.json").read_text())
-    config["lm"] |= {"trust_remote_code": True, "kwargs": '{"token": "hf_secret"}'}
+    config["lm"] |= {"trust_remote_code": True, "kwargs": '{"attn_implementation": "eager"}'}
     (tmp_path / "foreign/config.json").write_text(json.dumps(config))
     make(tmp_path, tmp_path / "foreign", num_latents=1)
     make(tmp_path, tmp_path / "foreign", num_latents=1, trust_remote_code=True)
     assert [lm.trust_remote_code for lm in seen] == [False, True]
-    assert "hf_secret" not in (tmp_path / "r.html").read_text()
+    assert "attn_implementation" not in (tmp_path / "r.html").read_text()
 
 
 def test_memory_is_the_planners(home, tmp_path):

@@ -22,7 +22,7 @@ def trained() -> tuple[GatedSAE, Update]:
     sae = GatedSAE(Shape(D_IN, D_SAE))
     sae.initialise(0, 0.1)
     mesh = alone(torch.device("cpu"))
-    update = Update(sae, OptimConfig(), {}, mesh, unit_decoder=False, shard_optimizer=False)
+    update = Update(sae, OptimConfig(), {}, mesh, unit_decoder=False, shard_optimizer=False, seed=0)
     for parameter in sae.parameters():
         parameter.data += 0.3
         parameter.grad = torch.ones_like(parameter)
