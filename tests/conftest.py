@@ -35,3 +35,10 @@ def quickstart_run(tmp_path_factory) -> tuple[Path, str]:
         return out, out.with_suffix(".log").read_text()
     out = tmp_path_factory.mktemp("quickstart") / "run"
     return out, quickstart(out)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The first test to ask for the quickstart waits for its installs and its training as well."""
+    for item in items:
+        if "quickstart_run" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.timeout(1800), append=False)

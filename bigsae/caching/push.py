@@ -6,7 +6,7 @@ import logging
 from pathlib import Path
 
 from huggingface_hub import HfApi
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.errors import HFValidationError, HTTPError, OfflineModeIsEnabled
 
 from bigsae.config import UserError
 from bigsae.data.cache_index import INDEX, Index, read_index
@@ -33,7 +33,7 @@ def push_cache(folder: Path, repository: str, *, private: bool = False) -> None:
             allow_patterns=[INDEX, "README.md", "tokens/*.safetensors", "activations/*.safetensors"],
             commit_message="Activations",
         )
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
+    except (HTTPError, HFValidationError, OfflineModeIsEnabled, OSError) as error:
         reason = " ".join(str(error).split())[:300]
         raise UserError(
             f"--push-to-hub {repository}: {reason} (the cache in {folder} is whole: the same command with --resume "

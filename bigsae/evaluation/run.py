@@ -24,6 +24,7 @@ from bigsae.evaluation.measure import measure
 from bigsae.evaluation.options import EvaluateConfig, check_options
 from bigsae.evaluation.targets import check_widths, find_folders, read_saes, read_targets, run_of
 from bigsae.hub.files import write_json
+from bigsae.hub.secrets import without_secrets
 from bigsae.lm.activations import Extractor
 from bigsae.lm.hookpoints import locate
 from bigsae.lm.loading import (
@@ -198,7 +199,7 @@ def _track(accelerator: Accelerator, config: EvaluateConfig, results: dict[str, 
     folder = Path(config.output).parent if config.output is not None else Path()
     accelerator.init_trackers(
         wandb.project,
-        config=to_dict(config),
+        config=without_secrets(to_dict(config)),
         init_kwargs={"wandb": {"name": wandb.name, "entity": wandb.entity, "dir": str(folder)}},
     )
     parts = results["saes"] | ({"joint": results["joint"]} if results.get("joint") else {})

@@ -37,6 +37,8 @@ def find_folders(saes: Sequence[str]) -> list[Path]:
             folders.append(path)
             continue
         found = sorted({cfg.parent for cfg in (*path.glob("*/cfg.json"), *path.glob("*/*/cfg.json"))})
+        # A push to the Hub that goes on has copies in a hidden folder.
+        found = [folder for folder in found if not folder.relative_to(path).parts[0].startswith(".")]
         if not found:
             raise UserError(f"--saes {given}: this run has written no SAE yet: give another folder")
         folders += found

@@ -12,7 +12,8 @@ from bigsae.config import UserError
 from bigsae.hub.formats import CONFIGS, FILES, read_sae
 from bigsae.sae.base import SAE
 
-_REPO_ID = re.compile(r"[\w.-]+/[\w.-]+")
+# A path that begins with a dot is meant as one.
+_REPO_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
 
 def load_sae(

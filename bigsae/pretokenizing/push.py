@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from huggingface_hub import HfApi
-from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+from huggingface_hub.errors import HFValidationError, HTTPError, OfflineModeIsEnabled
 
 from bigsae.config import UserError
 
@@ -16,7 +16,7 @@ from bigsae.config import UserError
 def check_repository(repository: str, private: bool) -> None:
     """Make the repository where it is new: what forbids an upload is known before hours of work.
 
-    Raises UserError where that fails, or where the repository holds other data, which readers would mix with these.
+    Raises UserError where that fails.
     """
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repository):
         raise UserError(f"--push-to-hub {repository}: give it as user/name")
@@ -25,7 +25,10 @@ def check_repository(repository: str, private: bool) -> None:
 
 
 def push(folder: Path, repository: str) -> str:
-    """Upload `folder`; its address. An upload that breaks off goes on where it was, when it is asked for again."""
+    """Upload `folder`; its address. An upload that breaks off goes on where it was, when it is asked for again.
+
+    Raises UserError where that fails, or where the repository holds other data, which readers would mix with these.
+    """
     ours = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
     with _hub_errors(repository):
         api = HfApi()
@@ -50,7 +53,7 @@ def push(folder: Path, repository: str) -> str:
 def _hub_errors(repository: str) -> Iterator[None]:
     try:
         yield
-    except (HfHubHTTPError, OfflineModeIsEnabled, OSError) as error:
+    except (HTTPError, HFValidationError, OfflineModeIsEnabled, OSError) as error:
         reason = " ".join(str(error).split())[:300]
         raise UserError(
             f"--push-to-hub {repository}: {reason}: mend that, then go on with --resume"

@@ -94,7 +94,9 @@ def _read_run(path: Path, label: str) -> RunFolder:
 def _written(path: Path) -> list[str]:
     """Names of the SAEs whose weights are there."""
     folders = {file.parent.relative_to(path) for name in _SAE_FILES for file in path.rglob(name)}
-    return sorted(str(folder) for folder in folders if folder.parts and folder.parts[0] != "checkpoints")
+    # A push to the Hub that goes on has copies in a hidden folder.
+    kept = [f for f in folders if f.parts and f.parts[0] != "checkpoints" and not f.parts[0].startswith(".")]
+    return sorted(str(folder) for folder in kept)
 
 
 def _sae(path: Path, name: str, rows: Sequence[dict[str, Any]], is_sweep: bool) -> SAEFolder:

@@ -224,7 +224,7 @@ def _begin(
     if config.resume:
         resume(run)
     if not run.finished:
-        around.trackers.start(run.saved_step)
+        around.trackers.start(config, run.saved_step)
     if mesh.is_main and not run.finished:
         folder.write_config(config)
         folder.write_status(config, "running", run.step, "")

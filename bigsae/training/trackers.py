@@ -44,8 +44,9 @@ class Trackers:
         """Whether SAEs are to be logged as well; the same on every rank."""
         return "wandb" in self.names and self.config.wandb.artifacts
 
-    def start(self, resumed_step: int | None) -> None:
-        """Begin, or go on after `resumed_step`."""
+    def start(self, config: TrainConfig, resumed_step: int | None) -> None:
+        """Begin, or go on after `resumed_step`. `config`: what the run came to, its sources known."""
+        self.config = config
         if not self.names or not self.accelerator.is_main_process:
             return
         resumes, wandb = resumed_step is not None, self.config.wandb

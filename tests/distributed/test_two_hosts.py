@@ -46,6 +46,8 @@ def options(home: Path, out: Path, **more: Any) -> list[str]:
         "optim__lr": 1e-3, "sae__k": 4, "sae__d_sae": 256, "sae__dead_after_tokens": 1000, "sae__init_tokens": 512,
         "lm__dtype": "float32", "lm__micro_batch_rows": 4, "buffer__tokens": 512, "buffer__dtype": "float32",
         "data__num_shards": 8, "checkpoint__every": 40, "checkpoint__keep": 0,
+        # What is chosen follows from the ranks of a node, and another mesh rounds otherwise.
+        "mesh__latent": 1,
     }  # fmt: skip
     return flags(**(base | more))
 
