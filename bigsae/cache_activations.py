@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import sys
 
-import tyro
-
 from bigsae.caching.options import CacheConfig, VerifyConfig
-from bigsae.commands import is_main, run_command
+from bigsae.commands import parse_config, run_command
 
 
 def main() -> None:
@@ -15,16 +13,10 @@ def main() -> None:
     arguments = sys.argv[1:]
     verifies = any(argument.partition("=")[0] == "--verify" for argument in arguments)
     kind = VerifyConfig if verifies else CacheConfig
-    description = (kind.__doc__ or "") + (
-        "" if verifies else " --verify FOLDER compares the files of one with their checksums instead."
+    description = (
+        "" if verifies else "; --verify FOLDER compares the files of a cache with their checksums instead"
     )
-    config = tyro.cli(
-        kind,
-        prog="bigsae.cache_activations",
-        args=arguments,
-        description=description,
-        console_outputs=is_main(),
-    )
+    config = parse_config(kind, "bigsae.cache_activations", arguments, description)
     # After parsing, so that --help is quick.
     from torch import distributed as dist
 

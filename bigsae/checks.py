@@ -295,6 +295,8 @@ def check(config: TrainConfig, num_ranks: int) -> None:
         ("--seed", config.seed),
     ):
         _at_least(flag, value, 0)
+    if config.data.heldout_seed is not None:
+        _at_least("--data.heldout-seed", config.data.heldout_seed, 0)
     _at_least("--ctx-len", config.ctx_len, 2)
     check_sae(config.sae)
     check_optim(config.optim)
@@ -305,6 +307,8 @@ def check(config: TrainConfig, num_ranks: int) -> None:
         raise UserError(
             f"--lm.autocast does nothing for weights in {config.lm.dtype}: set --lm.dtype float32"
         )
+    if config.data.heldout_seed is not None and not config.data.heldout_documents:
+        raise UserError("--data.heldout-seed needs documents to hold out: set --data.heldout-documents")
     if config.eval != EvalConfig() and not config.data.heldout_documents:
         raise UserError(
             "--eval.every, --eval.rows and --eval.ce need documents to measure on: set --data.heldout-documents"

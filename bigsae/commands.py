@@ -7,7 +7,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import tyro
 
@@ -21,28 +21,30 @@ _SECONDS_FOR_RANK_0 = 10.0
 
 
 def parse_train_config(arguments: list[str]) -> TrainConfig:
-    """The configuration from the command line; `--config <file>` gives the defaults of all other flags."""
-    default = None
+    """The configuration of a run from the command line of `bigsae.train`."""
+    return parse_config(TrainConfig, "bigsae.train", arguments, ", such as a run's config.json")
+
+
+def parse_config(kind: type[Config], prog: str, arguments: list[str], description: str = "") -> Config:
+    """The configuration dataclass `kind` from the command line; `--config <file>` gives other flags' defaults."""
+    default: Any = None
     for i, argument in enumerate(arguments):
         if argument == "--config" or argument.startswith("--config="):
             _flag, _, value = argument.partition("=")
             rest = arguments[:i] + arguments[i + (1 if value else 2) :]
             if not value and i + 1 == len(arguments):
                 raise UserError("--config needs a file: YAML, JSON, or the config.json of a run")
-            default = read_flags(TrainConfig, value or arguments[i + 1], tyro.MISSING)
+            default = read_flags(kind, value or arguments[i + 1], tyro.MISSING)
             arguments = rest
             break
-    config = tyro.cli(
-        TrainConfig,
-        prog="bigsae.train",
+    return tyro.cli(
+        kind,
+        prog=prog,
         args=arguments,
         default=default,
-        description=(TrainConfig.__doc__ or "")
-        + " --config FILE reads defaults of any flags from YAML or JSON, such as a run's config.json.",
+        description=f"{kind.__doc__} --config FILE reads defaults of any flags from YAML or JSON{description}.",
         console_outputs=is_main(),
     )
-    assert isinstance(config, TrainConfig)
-    return config
 
 
 def run_command(main: Callable[[], None]) -> None:

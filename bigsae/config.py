@@ -65,6 +65,9 @@ class DataConfig:
     order, another one each epoch. as_made: the order in which a run on the fly, on as many ranks, has them."""
     heldout_documents: int = 0
     """Documents that are never trained on; FVU and L0 on them are logged at the end and every --eval.every steps."""
+    heldout_seed: int | None = None
+    """Decides which documents are held out. Default: --seed. A run from --activations has the cache's, so that its
+    evaluation finds the documents that were kept aside."""
     drop_first_position: bool = True
     """Leave position 0 of each row out of training and normalisation: an attention sink in most models."""
     drop_special_tokens: bool = True

@@ -52,6 +52,14 @@ def from_dict(cls: type, values: dict[str, Any], where: str, missing: Any = data
     return cls(**built)
 
 
+def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The values of `to_dict` by their whole names, e.g. "sae.k"."""
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        found |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return found
+
+
 def _nearest(name: str, hints: dict[str, Any]) -> str:
     """What was probably meant by an option that there is not: one of the same level, or of a group of it."""
     groups = {
@@ -95,17 +103,20 @@ def _typed(hint: Any, value: Any, where: str) -> Any:
 
 def read_config(path: str | Path) -> TrainConfig:
     """A run's configuration from its config.json. Raises UserError where it is absent or malformed."""
-    return read_flags(TrainConfig, path)
+    return read_flags(TrainConfig, path, where=str(path))
 
 
-def read_flags(cls: type, path: str | Path, missing: Any = dataclasses.MISSING) -> Any:
+def read_flags(
+    cls: type, path: str | Path, missing: Any = dataclasses.MISSING, where: str | None = None
+) -> Any:
     """The configuration dataclass `cls` with the values of a file that may hold a part of them.
 
-    A name ending in .json is read as JSON, any other as YAML; `missing` is that of `from_dict`. Raises UserError where
-    the file cannot be read, or holds an option or a value that there is not.
+    A name ending in .json is read as JSON, any other as YAML; `missing` is that of `from_dict`. Raises UserError,
+    which begins with `where` (default: --config and the path), where the file cannot be read, or holds an option or a
+    value that there is not.
     """
     path = Path(path)
-    where = f"--config {path}"
+    where = where or f"--config {path}"
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:

@@ -3,25 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 
-import tyro
-
-from bigsae.commands import run_command
+from bigsae.commands import is_main, parse_config, run_command
 from bigsae.evaluation.options import EvaluateConfig
 
 
 def main() -> None:
     """Parse the command line, measure, and print the results on one rank."""
-    is_main = os.environ.get("RANK", "0") == "0"
-    config = tyro.cli(
-        EvaluateConfig,
-        prog="bigsae.evaluate",
-        args=sys.argv[1:],
-        description=EvaluateConfig.__doc__,
-        console_outputs=is_main,
-    )
+    config = parse_config(EvaluateConfig, "bigsae.evaluate", sys.argv[1:])
     # After parsing, so that --help is quick.
     from rich.console import Console
     from torch import distributed as dist
@@ -30,9 +20,9 @@ def main() -> None:
     from bigsae.evaluation.table import as_table
 
     results = evaluate_saes(config)
-    if is_main and config.json:
+    if is_main() and config.json:
         print(json.dumps(results, indent=2))
-    elif is_main:
+    elif is_main():
         Console().print(as_table(results))
     if dist.is_initialized():
         dist.destroy_process_group()

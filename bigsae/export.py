@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import sys
 
-import tyro
-
-from bigsae.commands import run_command
+from bigsae.commands import parse_config, run_command
 from bigsae.hub.options import ExportConfig
 
 
 def main() -> None:
     """Parse the command line and export."""
-    config = tyro.cli(ExportConfig, prog="bigsae.export", args=sys.argv[1:], description=ExportConfig.__doc__)
+    config = parse_config(ExportConfig, "bigsae.export", sys.argv[1:])
     from bigsae.hub.export import export_run  # after parsing, so that --help is quick
 
     print(export_run(config))

@@ -5,15 +5,13 @@ from __future__ import annotations
 import json
 import sys
 
-import tyro
-
-from bigsae.commands import run_command
+from bigsae.commands import parse_config, run_command
 from bigsae.planning.options import PlanConfig
 
 
 def main() -> None:
     """Parse the command line and print the plan."""
-    config = tyro.cli(PlanConfig, prog="bigsae.plan", args=sys.argv[1:], description=PlanConfig.__doc__)
+    config = parse_config(PlanConfig, "bigsae.plan", sys.argv[1:])
     # After parsing, so that --help is quick.
     from bigsae.planning.model import lm_facts
     from bigsae.planning.recommend import check_plan, recommend, remedies

@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import sys
 
-import tyro
-
-from bigsae.commands import run_command
+from bigsae.commands import parse_config, run_command
 from bigsae.pretokenizing.options import PretokenizeConfig
 
 
 def main() -> None:
     """Parse the command line and write the rows."""
-    config = tyro.cli(
-        PretokenizeConfig, prog="bigsae.pretokenize", args=sys.argv[1:], description=PretokenizeConfig.__doc__
-    )
+    config = parse_config(PretokenizeConfig, "bigsae.pretokenize", sys.argv[1:])
     from bigsae.pretokenizing.run import pretokenize_dataset  # after parsing, so that --help is quick
 
     pretokenize_dataset(config)

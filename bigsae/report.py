@@ -4,21 +4,13 @@ from __future__ import annotations
 
 import sys
 
-import tyro
-
-from bigsae.commands import run_command
+from bigsae.commands import parse_config, run_command
 from bigsae.reporting.options import ReportConfig
 
 
 def main() -> None:
     """Parse the command line and write the report."""
-    options = tyro.cli(
-        ReportConfig,
-        prog="bigsae.report",
-        args=sys.argv[1:],
-        description=ReportConfig.__doc__,
-        config=(tyro.conf.PositionalRequiredArgs,),
-    )
+    options = parse_config(ReportConfig, "bigsae.report", sys.argv[1:])
     from bigsae.reporting.write import write_report  # after parsing, so that --help is quick
 
     print(write_report(options))

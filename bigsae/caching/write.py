@@ -30,10 +30,11 @@ from bigsae.checks import check
 from bigsae.config import UserError
 from bigsae.data import tokens
 from bigsae.data.cache_index import HELDOUT, INDEX, Index, to_json, with_shards
+from bigsae.data.text import open_text
 from bigsae.hub.files import write_json
 from bigsae.lm.activations import Extractor
 from bigsae.lm.hookpoints import locate, resolve_hookpoints
-from bigsae.lm.loading import download_lm, load_lm, meta_model, process_groups, resolve_layout, vocab_size
+from bigsae.lm.loading import download_lm, load_lm, meta_model, process_groups, resolve_layout
 from bigsae.parallel import collectives
 from bigsae.parallel.launch import join_launch
 from bigsae.parallel.mesh import Mesh, build_mesh
@@ -84,7 +85,7 @@ class _Source:
     rows: tokens.TokenRows
     heldout: Tensor
     """[n, ctx_len] rows that are kept aside, a multiple of the ranks."""
-    trained_on: Callable[[Tensor], Tensor]
+    kept: Callable[[Tensor], Tensor]
     extract: Extractor
 
 
@@ -113,18 +114,12 @@ class _Writing:
         with setup.errors_shared(mesh):
             self._check_disk(sum(w.shard.num_activations for part in done.values() for w in part if w.shard))
             with first_on_node(mesh):
-                data = tokens.open_dataset(config.dataset, config.data)
-                tokenizer = None
-                if not data.pretokenised or config.data.drop_special_tokens:
-                    tokenizer = tokens.load_tokenizer(
-                        config.model, config.lm.revision, config.lm.trust_remote_code
-                    )
-                    tokens.check_vocabulary(tokenizer, vocab_size(lm_config))
-            rows = tokens.TokenRows(
-                data, tokenizer, config.ctx_len, self.as_run.data, config.seed, mesh.rank, mesh.num_ranks
-            )
+                text = open_text(
+                    config.dataset, self.as_run.data, config.model, config.lm, lm_config, config.ctx_len
+                )
+            rows = text.rows(config.seed, mesh.rank, mesh.num_ranks)
             rows.begin()
-            heldout = self._heldout(data, tokenizer)
+            heldout = text.heldout(config.seed, config.heldout_rows, mesh.num_ranks, "--heldout-rows")
         try:
             with first_on_node(mesh):
                 download_lm(config.model, config.lm, meta)
@@ -133,14 +128,12 @@ class _Writing:
             logger.info("%d ranks on %s, language model %s", mesh.num_ranks, mesh.device.type, layout)
             if mesh.is_main:
                 write_json(self.folder / MADE, identity(config))
-            trained_on = setup.trained_on_of(self.as_run, tokenizer, vocab_size(lm_config))
-            self.source = _Source(rows, heldout, trained_on, Extractor(model, sites))
+            self.source = _Source(rows, heldout, text.kept, Extractor(model, sites))
             done = self._write(done)
         finally:
             rows.close()
         if mesh.is_main:
-            prepend_bos = rows.layout.bos is not None
-            self._finish(done, getattr(lm_config, "_commit_hash", None), prepend_bos)
+            self._finish(done, getattr(lm_config, "_commit_hash", None), text.prepend_bos)
         collectives.barrier(mesh.control)
 
     # -- before anything is written ------------------------------------------------------------------------------
@@ -171,19 +164,6 @@ class _Writing:
         needed = max(0, most - num_done) * per_token
         shard = self.num_forwards * self.micro_rows * config.ctx_len * per_token
         check_disk(config, len(self.widths), needed, shard)
-
-    def _heldout(self, data: Any, tokenizer: Any) -> Tensor:
-        config, num_ranks = self.config, self.mesh.num_ranks
-        rows = tokens.heldout_rows(
-            data, tokenizer, config.ctx_len, self.as_run.data, config.seed, config.heldout_rows
-        )
-        usable = len(rows) // num_ranks * num_ranks
-        if config.data.heldout_documents and not usable:
-            raise UserError(
-                f"--data.heldout-documents {config.data.heldout_documents} gives {len(rows)} rows for {num_ranks} "
-                "ranks: raise it, or --heldout-rows"
-            )
-        return rows[:usable]
 
     # -- writing -------------------------------------------------------------------------------------------------
 
@@ -247,7 +227,7 @@ class _Writing:
 
     def _harvest(self, rows: Tensor, buffer: ShardBuffer, finite: Tensor) -> None:
         """Run the LM on `rows` [rows, ctx_len], and put what is kept into the buffer."""
-        kept = self.source.trained_on(rows)
+        kept = self.source.kept(rows)
         chosen = kept.flatten().nonzero().squeeze(1)
         self.rows_in_vain = 0 if len(chosen) else self.rows_in_vain + len(rows)
         if self.rows_in_vain >= _ROWS_IN_VAIN:

@@ -94,7 +94,10 @@ class MapSource:
             )
 
     def heldout(self, data: DataConfig, seed: int) -> Iterator[Any]:
-        """Contents of the held-out documents, chosen by `seed`. Raises UserError where none would be left."""
+        """Contents of the held-out documents, chosen by --data.heldout-seed, else `seed`.
+
+        Raises UserError where none would be left.
+        """
         numbers = np.sort(self._heldout_numbers(data, seed)).tolist()
         for low in range(0, len(numbers), FETCH_DOCUMENTS):
             yield from self._fetch(numbers[low : low + FETCH_DOCUMENTS])
@@ -130,7 +133,9 @@ class MapSource:
             raise UserError(f"--dataset {self.label} holds no documents")
         if data.heldout_documents >= size:
             raise _all_heldout(data, self.label, size)
-        return permuted(np.arange(data.heldout_documents), size, derive_seed(seed, "heldout"))
+        return permuted(
+            np.arange(data.heldout_documents), size, derive_seed(_heldout_seed(data, seed), "heldout")
+        )
 
     def _fetch(self, numbers: list[int]) -> list[Any]:
         column = self.dataset.with_format("arrow")[numbers][self.column]
@@ -262,6 +267,10 @@ class _Lane:
 
 
 Source = MapSource | StreamSource
+
+
+def _heldout_seed(data: DataConfig, seed: int) -> int:
+    return seed if data.heldout_seed is None else data.heldout_seed
 
 
 def _all_heldout(data: DataConfig, label: str, size: int) -> UserError:

@@ -47,6 +47,7 @@ _FLAGS = {
     "ctx_len": "--ctx-len",
     "num_shards": "--data.num-shards",
     "heldout_documents": "--data.heldout-documents",
+    "heldout_seed": "--data.heldout-seed",
     "num_documents": "--dataset (documents)",
     "num_files": "--dataset (files)",
 }
@@ -194,12 +195,13 @@ class TokenRows(Iterator[torch.Tensor]):
         self.close()
         self._restart([cursors[shard] for shard in self._shards])
 
-    def _identity(self) -> dict[str, int]:
+    def _identity(self) -> dict[str, int | None]:
         return {
             "seed": self.seed,
             "ctx_len": self.layout.ctx_len,
             "num_shards": self.data.num_shards,
             "heldout_documents": self.data.heldout_documents,
+            "heldout_seed": self.data.heldout_seed,
             **self.source.identity(self.data),
         }
 

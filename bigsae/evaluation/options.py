@@ -18,7 +18,7 @@ class EvaluateConfig:
     """Hub id or folder of the language model. Default: the one that the SAEs name."""
     dataset: str | None = None
     """Hub id or local path, as for training. Default: the dataset of the run that the first SAE lies in, with the run's
-    --data, --seed and --ctx-len; so the documents that the run held out, where it did."""
+    --data, --seed and --ctx-len; so the documents that the run, or its cache, held out, where it did."""
     hookpoints: tuple[str, ...] = ()
     """What each of --saes reads, in their order. Default: what they say themselves."""
     output_hookpoints: tuple[str, ...] = ()
@@ -69,6 +69,15 @@ def check_options(config: EvaluateConfig) -> None:
         raise UserError("--data.… does nothing without --dataset: set it, or leave --data.… out")
     if config.dataset is None and config.seed:
         raise UserError("--seed does nothing without --dataset: set it, or leave --seed out")
+    for flag, given in (
+        ("--data.epochs", config.data.epochs != DataConfig.epochs),
+        ("--data.cached-order", config.data.cached_order != DataConfig.cached_order),
+        ("--wandb.no-artifacts", config.wandb.artifacts != WandbConfig.artifacts),
+    ):
+        if given:
+            raise UserError(f"{flag} is of training and does nothing here: leave it out")
+    if config.data.heldout_seed is not None and not config.data.heldout_documents:
+        raise UserError("--data.heldout-seed needs documents that are held out: set --data.heldout-documents")
     if config.ablate_everywhere and not config.ce:
         raise UserError("--ablate-everywhere does nothing with --no-ce: leave one of them out")
     if config.lm.autocast and config.lm.dtype != "float32":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,13 +17,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
-from bigsae.config import DataConfig, UserError, WandbConfig
+from bigsae.config import UserError, WandbConfig
 from bigsae.configfile import to_dict
-from bigsae.data import tokens
+from bigsae.data.text import Text, open_text
 from bigsae.evaluation.language import Batch
 from bigsae.evaluation.measure import measure
 from bigsae.evaluation.options import EvaluateConfig, check_options
-from bigsae.evaluation.targets import check_widths, find_folders, read_saes, read_targets, run_of
+from bigsae.evaluation.targets import check_widths, find_folders, model_of, read_saes, read_targets, run_of
 from bigsae.hub.files import write_json
 from bigsae.hub.secrets import without_secrets
 from bigsae.lm.activations import Extractor
@@ -33,7 +34,6 @@ from bigsae.lm.loading import (
     meta_model,
     process_groups,
     resolve_layout,
-    vocab_size,
 )
 from bigsae.parallel.launch import join_launch
 from bigsae.parallel.mesh import Mesh, build_mesh
@@ -56,7 +56,7 @@ def evaluate_saes(config: EvaluateConfig) -> dict[str, Any]:
 
 def _evaluate(config: EvaluateConfig) -> dict[str, Any]:
     check_options(config)
-    accelerator = join_launch(config.timeout, log_with="wandb" if config.wandb.project else None)
+    accelerator = join_launch(config.timeout, ("wandb",) if config.wandb.project else ())
     mesh = build_mesh()
     limit_waits((mesh.world, mesh.control), config.timeout)
     if not mesh.is_main:
@@ -98,20 +98,22 @@ def with_defaults(
     config: EvaluateConfig, folders: Sequence[Path], metadata: Sequence[dict[str, Any]]
 ) -> EvaluateConfig:
     """`config` with what the SAEs and their run say in place of None. Raises UserError where neither says."""
-    run = run_of(folders[0])
+    runs = [run_of(folder) for folder in folders]
     if config.dataset is None:
+        run = runs[0]
         if run is None:
             raise UserError(f"--dataset: {folders[0]} lies in no run of bigsae: name the text to measure on")
         ctx_len = config.ctx_len or run.ctx_len
         config = replace(config, dataset=run.dataset, data=run.data, seed=run.seed, ctx_len=ctx_len)
     if config.model is None:
-        named = {m["model_name"] for m in metadata if isinstance(m.get("model_name"), str)}
-        if run is not None:
-            named = {run.model}
-        if len(named) != 1:
-            found = f"they name {', '.join(sorted(named))}" if named else "the SAEs do not name it"
+        models = {model_of(run, said) for run, said in zip(runs, metadata, strict=True)} - {None}
+        if len(models) != 1:
+            names = ", ".join(sorted(" at ".join(filter(None, one)) for one in models if one))
+            found = f"the SAEs name {names}" if names else "the SAEs do not name it"
             raise UserError(f"--model: {found}: set the language model to measure on")
-        config = replace(config, model=named.pop())
+        ((model, revision),) = filter(None, models)
+        lm = replace(config.lm, revision=config.lm.revision or revision)
+        config = replace(config, model=model, lm=lm)
     if config.ctx_len is None:
         said = metadata[0].get("context_size")
         config = replace(config, ctx_len=said if isinstance(said, int) and said > 1 else _CTX_LEN)
@@ -121,19 +123,10 @@ def with_defaults(
 def _rows(config: EvaluateConfig, meta: PreTrainedModel) -> tuple[Tensor, Tensor]:
     """Token ids [n, ctx_len] and which of them count, the same on every rank."""
     assert config.model is not None and config.dataset is not None and config.ctx_len is not None
-    source = tokens.open_dataset(config.dataset, config.data)
-    tokenizer = None
-    if not source.pretokenised or config.data.drop_special_tokens:
-        tokenizer = tokens.load_tokenizer(config.model, config.lm.revision, config.lm.trust_remote_code)
-        tokens.check_vocabulary(tokenizer, vocab_size(meta.config))
-    rows = some_rows(source, tokenizer, config.ctx_len, config.data, config.seed, config.rows)
-    if rows.max() >= vocab_size(meta.config):
-        raise UserError(
-            f"--dataset {config.dataset} holds token id {rows.max()}, but --model {config.model} has "
-            f"{vocab_size(meta.config)}: the dataset was tokenised for another model"
-        )
-    special_ids = tokenizer.all_special_ids if tokenizer is not None else []
-    keep = tokens.token_mask(rows, special_ids, config.data)
+    data = replace(config.data, epochs=1)
+    text = open_text(config.dataset, data, config.model, config.lm, meta.config, config.ctx_len)
+    rows = some_rows(text, config.seed, config.rows)
+    keep = text.kept(rows)
     if not keep.any():
         raise UserError(
             f"--dataset {config.dataset} holds special tokens alone: keep them with --data.no-drop-special-tokens"
@@ -141,17 +134,12 @@ def _rows(config: EvaluateConfig, meta: PreTrainedModel) -> tuple[Tensor, Tensor
     return rows, keep
 
 
-def some_rows(
-    source: tokens.Source, tokenizer: Any, ctx_len: int, data: DataConfig, seed: int, max_rows: int
-) -> Tensor:
+def some_rows(text: Text, seed: int, max_rows: int) -> Tensor:
     """[n, ctx_len] int64, n <= max_rows: of the documents held out where some are, else of all in a seeded order."""
-    if data.heldout_documents:
-        return tokens.heldout_rows(source, tokenizer, ctx_len, data, seed, max_rows)
-    stream = tokens.TokenRows(source, tokenizer, ctx_len, replace(data, epochs=1), seed, rank=0, num_ranks=1)
-    try:
-        return torch.stack(list(itertools.islice(stream, max_rows)))
-    finally:
-        stream.close()
+    if text.data.heldout_documents:
+        return text.heldout(seed, max_rows, 1, "--rows")
+    with closing(text.rows(seed)) as rows:
+        return torch.stack(list(itertools.islice(rows, max_rows)))
 
 
 def deal(rows: Tensor, keep: Tensor, micro_batch_rows: int, mesh: Mesh) -> list[Batch]:

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedModel
 
 from bigsae.config import TrainConfig, UserError
-from bigsae.configfile import read_config
 from bigsae.evaluation.options import EvaluateConfig
 from bigsae.hub.formats import read_sae
+from bigsae.hub.runs import find_saes, run_config
 from bigsae.lm.hookpoints import Hookpoint, Site, resolve_hookpoints
 from bigsae.sae.base import SAE
 
@@ -29,19 +30,17 @@ class Target:
 
 
 def find_folders(saes: Sequence[str]) -> list[Path]:
-    """The folders of single SAEs, those within runs one by one. Raises UserError for a run without any."""
+    """The folders of single SAEs, those within runs one by one. Raises UserError for a folder without any."""
     folders: list[Path] = []
     for given in saes:
         path = Path(given)
-        if not _is_run(path):
-            folders.append(path)
-            continue
-        found = sorted({cfg.parent for cfg in (*path.glob("*/cfg.json"), *path.glob("*/*/cfg.json"))})
-        # A push to the Hub that goes on has copies in a hidden folder.
-        found = [folder for folder in found if not folder.relative_to(path).parts[0].startswith(".")]
+        if not path.is_dir():
+            raise UserError(f"--saes {given} is no folder: give that of a run or of an SAE")
+        found = find_saes(path)
         if not found:
-            raise UserError(f"--saes {given}: this run has written no SAE yet: give another folder")
-        folders += found
+            what = "this run has written no SAE yet" if run_config(path) else "it holds no SAE"
+            raise UserError(f"--saes {given}: {what}: give another folder")
+        folders += [path / name for name in found]
     if duplicates := {str(folder) for folder in folders if folders.count(folder) > 1}:
         raise UserError(f"--saes names {sorted(duplicates)[0]} twice: leave one of them out")
     return folders
@@ -50,13 +49,20 @@ def find_folders(saes: Sequence[str]) -> list[Path]:
 def run_of(folder: Path) -> TrainConfig | None:
     """The configuration of the run that an SAE's folder lies in, or that it is; None where there is none."""
     for place in (folder, *folder.resolve().parents[:2]):
-        if _is_run(place):
-            return read_config(place / "config.json")
+        if config := run_config(place):
+            return config
     return None
 
 
-def _is_run(path: Path) -> bool:
-    return (path / "config.json").is_file() and (path / "status.json").is_file()
+def model_of(run: TrainConfig | None, metadata: dict[str, Any]) -> tuple[str, str | None] | None:
+    """The language model, and its revision on the Hub, by an SAE's `run`, else by what it says itself."""
+    if run is not None:
+        return run.model, run.lm.revision
+    name, kwargs = metadata.get("model_name"), metadata.get("model_from_pretrained_kwargs")
+    if not isinstance(name, str):
+        return None
+    revision = kwargs.get("revision") if isinstance(kwargs, dict) else None
+    return name, revision if isinstance(revision, str) else None
 
 
 def read_targets(

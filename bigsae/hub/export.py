@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
-import re
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -21,18 +19,18 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from bigsae.config import TrainConfig, UserError
-from bigsae.configfile import read_config, to_dict
+from bigsae.configfile import to_dict
 from bigsae.hub.card import Entry, entry, model_card
 from bigsae.hub.files import write_atomic, write_json
-from bigsae.hub.formats import CONFIGS, FILES, SPARSITY, Format, default_format, read_sae, save_sae
+from bigsae.hub.formats import FILES, SPARSITY, Format, default_format, read_sae, save_sae
 from bigsae.hub.load import check_inside
 from bigsae.hub.options import ExportConfig
 from bigsae.hub.repository import commit_folder, open_repository
+from bigsae.hub.runs import find_saes, read_rows, run_config
 from bigsae.hub.secrets import without_secrets
 from bigsae.progress import Progress
 from bigsae.sae.base import SAE
 
-_NOT_SAES = ("checkpoints", "wandb", "tensorboard")
 _CARD = "README.md"
 
 
@@ -43,12 +41,14 @@ def export_run(config: ExportConfig) -> str:
     hold an SAE, or the Hub refuses; HubDown (one too) where it cannot be reached.
     """
     run = Path(config.run)
+    if not run.is_dir():
+        raise UserError(f"{run} is no folder: give that of a run")
     names = find_saes(run)
-    run_config = run / "config.json"
-    # Beside an SAE's own files it is dictionary_learning's.
-    trained = read_config(run_config) if names != ["."] and run_config.exists() else None
+    if not names:
+        raise UserError(f"{run} holds no SAE yet: finish its training (--resume), or give another folder")
+    trained = run_config(run) if names != ["."] else None
     saes = ((name if name != "." else run.resolve().name, *_read(run, name)) for name in names)
-    return _publish(saes, len(names), config, trained, _rows(run))
+    return _publish(saes, len(names), config, trained, read_rows(run) if trained else [])
 
 
 def push_saes(
@@ -145,23 +145,6 @@ def _write(folder: Path, name: str, sae: SAE, sparsity: Tensor | None, config: E
     return entry(name, sae, format)
 
 
-def find_saes(run: Path) -> list[str]:
-    """The folders of SAEs below `run`, in the order of their layers; "." where it is an SAE's own. Raises UserError."""
-    if not run.is_dir():
-        raise UserError(f"{run} is no folder: give that of a run")
-    if (run / "cfg.json").exists() or (run / "ae.pt").exists():
-        return ["."]
-    found = []
-    for path, folders, files in os.walk(run):  # which follows no links
-        top = Path(path) == run
-        folders[:] = [f for f in folders if not f.startswith(".") and not (top and f in _NOT_SAES)]
-        if not top and any(name in files for name in CONFIGS):
-            found.append(Path(path).relative_to(run).as_posix())
-    if not found:
-        raise UserError(f"{run} holds no SAE yet: finish its training (--resume), or give another folder")
-    return sorted(found, key=lambda name: [int(p) if p.isdigit() else p for p in re.split(r"(\d+)", name)])
-
-
 def _read(run: Path, name: str) -> tuple[SAE, Tensor | None]:
     """The SAE, and log10 of how often its latents fire [d_sae] where that is known."""
     folder = run / name
@@ -173,19 +156,3 @@ def _read(run: Path, name: str) -> tuple[SAE, Tensor | None]:
         return sae, None
     sparsity = load_file(folder / SPARSITY).get("sparsity")
     return sae, sparsity if sparsity is not None and sparsity.shape == (sae.d_sae,) else None
-
-
-def _rows(run: Path) -> list[dict[str, Any]]:
-    """What metrics.jsonl of `run` holds; the torn last line of a run that was killed is left out."""
-    path = run / "metrics.jsonl"
-    if not path.exists():
-        return []
-    rows = []
-    for line in path.read_text().splitlines():
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(row, dict) and isinstance(row.get("step"), int):
-            rows.append(row)
-    return rows

@@ -2,21 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from datetime import timedelta
+from importlib.util import find_spec
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 
+from bigsae.config import UserError
 
-def join_launch(timeout: float, **options: Any) -> Accelerator:
+_PACKAGES = {"wandb": ("wandb",), "tensorboard": ("tensorboardX", "tensorboard"), "trackio": ("trackio",)}
+
+
+def join_launch(timeout: float, trackers: Sequence[str] = (), **options: Any) -> Accelerator:
     """Join the ranks of this launch; each waits for another one for `timeout` minutes at most.
 
-    `options` are those of `accelerate.Accelerator`.
+    `options` are those of `accelerate.Accelerator`. Raises UserError where the package of a tracker is not installed.
     """
+    for name in trackers:
+        # Accelerate leaves it out in silence.
+        if not any(find_spec(package) for package in _PACKAGES[name]):
+            flags = "--log-with wandb, --wandb.project" if name == "wandb" else f"--log-with {name}"
+            raise UserError(f"{flags}: a package is not installed: pip install {_PACKAGES[name][0]}")
     return Accelerator(
         cpu=not torch.cuda.is_available(),
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(minutes=timeout))],
+        log_with=list(trackers) or None,
         **options,
     )

@@ -38,6 +38,7 @@ def memory(run: RunFolder, config: TrainConfig) -> dict[str, Any]:
         buffer=config.buffer,
         sae=config.sae,
         optim=config.optim,
+        eval=config.eval,
     )
     try:
         facts = lm_facts(plan)
@@ -58,9 +59,9 @@ def memory(run: RunFolder, config: TrainConfig) -> dict[str, Any]:
         config.mesh.distribute_saes and ranks > 1,
     )
     used = bytes_of(plan, facts, shapes, mesh)
+    forward = [("language model", used.lm), ("a forward: gathered layers, activations", used.lm_step)]
     parts = [
-        ("language model", used.lm),
-        ("a forward: gathered layers, activations", used.lm_step),
+        *([] if config.activations else forward),  # a cache stands in its place
         ("buffer", used.buffer),
         ("SAE weights", sum(s.weights for s in used.saes)),
         ("SAE moments", sum(s.moments for s in used.saes)),

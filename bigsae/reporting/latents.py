@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from bigsae.config import TrainConfig, UserError
-from bigsae.data import tokens
+from bigsae.data.text import Text, open_text
 from bigsae.data.tokenizer import vocabulary_size
 from bigsae.lm.activations import Extractor
 from bigsae.lm.hookpoints import locate, resolve_hookpoints
 from bigsae.lm.layout import LMLayout
-from bigsae.lm.loading import load_lm, meta_model, vocab_size
+from bigsae.lm.loading import load_lm, meta_model
 from bigsae.progress import Progress
 from bigsae.reporting.contexts import Watched, contexts, watch
 from bigsae.reporting.lens import Lens, find_lens, promoted
@@ -80,31 +80,24 @@ def _describe_group(group: Sequence[Shown], options: ReportConfig, table: list[s
     meta, lm_config = meta_model(config.model, config.lm)
     sites = locate(meta, resolve_hookpoints(list(dict.fromkeys(s.reads for s in group)), meta))
     _check_widths(group, {site.name: site.d_in for site in sites})
-    tokenizer = tokens.load_tokenizer(config.model, config.lm.revision, config.lm.trust_remote_code)
-    tokens.check_vocabulary(tokenizer, vocab_size(lm_config))
-    ids = _read_rows(config, tokenizer, options.num_rows)
-    if ids.max() >= vocab_size(lm_config):
-        raise UserError(
-            f"--dataset {config.dataset} holds token id {ids.max()}, but --model {config.model} has "
-            f"{vocab_size(lm_config)}: the dataset was tokenised for another model"
-        )
-
-    def kept(rows: Tensor) -> Tensor:
-        return tokens.token_mask(rows, tokenizer.all_special_ids, config.data)
-
+    text = open_text(
+        config.dataset, config.data, config.model, config.lm, lm_config, config.ctx_len, with_tokenizer=True
+    )
+    ids = _first_rows(text, config.seed, options.num_rows)
+    num_kept = int(text.kept(ids).sum())
     device = _device(options)
     model = load_lm(config.model, config.lm, meta, _ALONE, device, sites)
     lens = find_lens(model)
     watched = [Watched(s.sae.to(device), s.reads, s.latents) for s in group]
     with Progress("looking for contexts", len(ids), "rows") as progress:
         batches = ids.split(config.lm.micro_batch_rows)
-        acts = watch(watched, Extractor(model, sites), batches, kept, progress.reach)
-    texts = Texts(tokenizer, table)
+        acts = watch(watched, Extractor(model, sites), batches, text.kept, progress.reach)
+    texts = Texts(text.tokenizer, table)
     for shown, own in zip(group, acts, strict=True):
-        shown.about = {"rows": len(ids), "tokens": int(kept(ids).sum()), "dataset": config.dataset}
+        shown.about = {"rows": len(ids), "tokens": num_kept, "dataset": config.dataset}
         for column, latent in enumerate(shown.latents):
             shown.values[latent] |= contexts(own[:, :, column], ids, options, texts)
-        _describe_promoted(shown, lens, vocabulary_size(tokenizer), texts)
+        _describe_promoted(shown, lens, vocabulary_size(text.tokenizer), texts)
 
 
 def _check_widths(group: Sequence[Shown], widths: dict[str, int]) -> None:
@@ -116,11 +109,9 @@ def _check_widths(group: Sequence[Shown], widths: dict[str, int]) -> None:
             )
 
 
-def _read_rows(config: TrainConfig, tokenizer: Any, number: int) -> Tensor:
+def _first_rows(text: Text, seed: int, number: int) -> Tensor:
     """Token ids [rows, ctx_len]: the first rows of an epoch, `number` of them or all."""
-    source = tokens.open_dataset(config.dataset, config.data)
-    rows = tokens.TokenRows(source, tokenizer, config.ctx_len, config.data, config.seed, rank=0, num_ranks=1)
-    with closing(rows):
+    with closing(text.rows(seed)) as rows:
         return torch.stack(list(itertools.islice(rows, number)))
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import tyro
+
 from bigsae.config import UserError
 
 
@@ -14,7 +16,7 @@ class ReportConfig:
     The file needs no network and no server. Runs may still be going on.
     """
 
-    runs: tuple[str, ...]
+    runs: tyro.conf.Positional[tuple[str, ...]]
     """Folders that training wrote."""
     output: str | None = None
     """File to write. Default: report.html in the folder of the first run."""

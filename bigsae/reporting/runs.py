@@ -9,10 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from bigsae.config import TrainConfig, UserError
-from bigsae.configfile import read_config
+from bigsae.hub.runs import find_saes, is_sae, read_rows, run_config
 from bigsae.training.checkpoint import checkpoints, read_state
-
-_SAE_FILES = ("cfg.json", "ae.pt")
 
 
 @dataclass(frozen=True)
@@ -30,7 +28,7 @@ class SAEFolder:
     @property
     def is_written(self) -> bool:
         """Whether its weights are there; training writes them at its end."""
-        return any((self.folder / name).exists() for name in _SAE_FILES)
+        return is_sae(self.folder)
 
 
 @dataclass(frozen=True)
@@ -56,9 +54,14 @@ def read_runs(folders: Sequence[str]) -> list[RunFolder]:
     for path, folder in zip(paths, folders, strict=True):
         if [p.resolve() for p in paths].count(path.resolve()) > 1:
             raise UserError(f"report {folder}: named twice, leave one out")
-        if not (path / "config.json").is_file():
-            raise UserError(f"report {folder}: no config.json there: name a folder that training wrote")
-    return [_read_run(path, label) for path, label in zip(paths, _labels(paths), strict=True)]
+    configs = [run_config(path) for path in paths]
+    for folder, config in zip(folders, configs, strict=True):
+        if config is None:
+            raise UserError(
+                f"report {folder}: no config.json of a run there: name a folder that training wrote"
+            )
+    labelled = zip(paths, configs, _labels(paths), strict=True)
+    return [_read_run(path, config, label) for path, config, label in labelled if config]
 
 
 def _labels(paths: Sequence[Path]) -> list[str]:
@@ -71,13 +74,12 @@ def _labels(paths: Sequence[Path]) -> list[str]:
     raise AssertionError("distinct paths have distinct ends")
 
 
-def _read_run(path: Path, label: str) -> RunFolder:
-    config = read_config(path / "config.json")
-    rows = read_rows(path / "metrics.jsonl")
+def _read_run(path: Path, config: TrainConfig, label: str) -> RunFolder:
+    rows = read_rows(path)
     names = dict.fromkeys(
         f"{row['hookpoint']}/{row['variant']}" if row.get("variant") else row["hookpoint"] for row in rows
     )
-    names |= dict.fromkeys(_written(path))
+    names |= dict.fromkeys(find_saes(path))
     whole = checkpoints(path / "checkpoints")
     saved = read_state(whole[-1]) if whole else None
     return RunFolder(
@@ -91,31 +93,10 @@ def _read_run(path: Path, label: str) -> RunFolder:
     )
 
 
-def _written(path: Path) -> list[str]:
-    """Names of the SAEs whose weights are there."""
-    folders = {file.parent.relative_to(path) for name in _SAE_FILES for file in path.rglob(name)}
-    # A push to the Hub that goes on has copies in a hidden folder.
-    kept = [f for f in folders if f.parts and f.parts[0] != "checkpoints" and not f.parts[0].startswith(".")]
-    return sorted(str(folder) for folder in kept)
-
-
 def _sae(path: Path, name: str, rows: Sequence[dict[str, Any]], is_sweep: bool) -> SAEFolder:
     hookpoint, _, variant = name.rpartition("/") if is_sweep else (name, "", "")
     own = [row for row in rows if row["hookpoint"] == hookpoint and row.get("variant", "") == variant]
     return SAEFolder(name, hookpoint, path / name, tuple(own))
-
-
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a metrics.jsonl, which a run may be writing: its last line may be torn. [] where there is none."""
-    lines = path.read_text().splitlines() if path.exists() else []
-    rows = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            if number < len(lines):
-                raise UserError(f"{path}: line {number} is not JSON") from None
-    return rows
 
 
 def _read_status(path: Path) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
@@ -9,8 +10,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from bigsae.config import TrainConfig, UserError
-from bigsae.configfile import to_dict
+from bigsae.config import TrainConfig, UserError, lm_kwargs
+from bigsae.configfile import flat, to_dict
 from bigsae.hub.files import write_atomic
 from bigsae.hub.formats import read_sae
 from bigsae.reporting.costs import memory
@@ -69,13 +70,22 @@ def write_report(options: ReportConfig) -> Path:
 def _opened_as(config: TrainConfig, options: ReportConfig) -> TrainConfig:
     """The run's `config`, for one process and one pass, with the model and dataset that `options` name.
 
-    Code of a model's repository runs only where this command, not the run's folder, allows it.
+    Code of a model's repository, or of a kernel's, runs only where this command, not the run's folder, allows it.
     """
+    kwargs = lm_kwargs(config.lm)
+    if not options.trust_remote_code:
+        named = [
+            name for name, value in kwargs.items() if name.endswith("_implementation") and "/" in str(value)
+        ]
+        for name in named:
+            logger.warning("%s %s of --lm.kwargs is code from the Hub: left out (--trust-remote-code runs it)",
+                           name, kwargs.pop(name))  # fmt: skip
     lm = replace(
         config.lm,
         shard_size=None,
         replicate_size=None,
         compile=False,
+        kwargs=json.dumps(kwargs),
         revision=None if options.model else config.lm.revision,
         trust_remote_code=options.trust_remote_code,
     )
@@ -121,19 +131,17 @@ def _about_run(run: RunFolder, opened: TrainConfig) -> dict[str, Any]:
         "planned": config.num_steps * config.batch_size_tokens,
         "time": time_spent(run.saes[0]) if run.saes else None,
         "memory": memory(run, replace(opened, lm=replace(opened.lm, shard_size=config.lm.shard_size))),
-        "options": [[name, value] for name, value in _flat(to_dict(config)) if name not in _NOT_SHOWN],
+        "options": [[name, value] for name, value in _options(config)],
     }
 
 
-def _flat(values: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
-    """Options that have a value, with their whole names."""
-    flat: list[tuple[str, str]] = []
-    for name, value in values.items():
-        if isinstance(value, dict):
-            flat += _flat(value, f"{prefix}{name}.")
-        elif value is not None and value != []:
-            flat.append((prefix + name, " ".join(map(str, value)) if isinstance(value, list) else str(value)))
-    return flat
+def _options(config: TrainConfig) -> list[tuple[str, str]]:
+    """Options that have a value and are shown, with their whole names."""
+    return [
+        (name, " ".join(map(str, value)) if isinstance(value, list) else str(value))
+        for name, value in flat(to_dict(config)).items()
+        if value is not None and value != [] and name not in _NOT_SHOWN
+    ]
 
 
 def _about_sae(

@@ -8,7 +8,6 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from torch import Tensor
@@ -16,18 +15,18 @@ from torch import Tensor
 from bigsae.config import DataConfig, LMConfig, TrainConfig, UserError
 from bigsae.configfile import from_dict
 from bigsae.data.activation_cache import ActivationCache
-from bigsae.data.buffer import ActivationBuffer
 from bigsae.data.cache_index import INDEX, Index, read_index
 from bigsae.data.cached_rows import CachedRows
 from bigsae.data.harvest import Harvest
 from bigsae.lm.hookpoints import match_names
 from bigsae.parallel.mesh import Mesh
+from bigsae.training.supply import build_harvest
 
 # What of --lm and --data decided the activations: the cache's own hold, and others are refused.
 _LM = ("revision", "dtype", "autocast", "micro_batch_rows")
 _DATA = (
-    "split", "name", "revision", "text_column", "streaming", "heldout_documents", "drop_first_position",
-    "drop_special_tokens",
+    "split", "name", "revision", "text_column", "streaming", "heldout_documents", "heldout_seed",
+    "drop_first_position", "drop_special_tokens",
 )  # fmt: skip
 # What a run from a cache sets for itself.
 _OWN = ("epochs", "num_shards", "cached_order")
@@ -98,6 +97,9 @@ def with_origin(config: TrainConfig, found: FoundCache) -> TrainConfig:
     Raises UserError where `config` asks for something else.
     """
     index = found.index
+    data = index.data
+    if data.get("heldout_documents") and data.get("heldout_seed") is None:
+        data = data | {"heldout_seed": index.seed}
     origin = {"model": index.model, "dataset": index.dataset, "ctx_len": index.ctx_len}
     values = {
         name: _agreed(found, f"--{name.replace('_', '-')}", getattr(config, name), default, origin[name])
@@ -108,7 +110,7 @@ def with_origin(config: TrainConfig, found: FoundCache) -> TrainConfig:
         **values,
         hookpoints=config.hookpoints or tuple(index.hookpoints),
         lm=_options(config.lm, LMConfig, _made(LMConfig, index.lm, _LM, found), "--lm", found),
-        data=_options(config.data, DataConfig, _made(DataConfig, index.data, _DATA, found), "--data", found),
+        data=_options(config.data, DataConfig, _made(DataConfig, data, _DATA, found), "--data", found),
     )
 
 
@@ -164,7 +166,7 @@ def cached_targets(config: TrainConfig, index: Index) -> list[tuple[str, str]]:
 
 def cached_harvest(
     config: TrainConfig, cache: ActivationCache, label: str, mesh: Mesh
-) -> tuple[Harvest, CachedRows, Tensor | None]:
+) -> tuple[Harvest, CachedRows, Tensor]:
     """What a run takes its activations from, its rows, and those that are never trained on. Raises UserError."""
     rows = CachedRows(cache, config.data, config.seed, mesh.rank, mesh.num_ranks, label)
     heldout = cache.heldout_rows()
@@ -174,24 +176,6 @@ def cached_harvest(
             f"--activations {label} keeps {len(heldout)} rows aside, too few for {mesh.num_ranks} ranks: raise "
             "--eval.rows, or use fewer ranks"
         )
-    on_cpu = config.buffer.device == "cpu"
-    buffer = ActivationBuffer(
-        {name: cache.index.hookpoints[name] for name in cache.hookpoints},
-        capacity=config.buffer.tokens,
-        headroom=config.lm.micro_batch_rows * config.ctx_len,
-        dtype=getattr(torch, config.buffer.dtype),
-        device=torch.device("cpu") if on_cpu else mesh.device,
-        seed=config.seed,
-        rank=mesh.rank,
-    )
-    harvest = Harvest(
-        rows,
-        cache,
-        cache.kept_of,
-        buffer,
-        config.lm.micro_batch_rows,
-        config.ctx_len,
-        config.batch_size_tokens // mesh.num_ranks,
-        mesh,
-    )
-    return harvest, rows, heldout[:usable] if usable else None
+    widths = {name: cache.index.hookpoints[name] for name in cache.hookpoints}
+    harvest = build_harvest(config, widths, rows, cache, cache.kept_of, mesh)
+    return harvest, rows, heldout[:usable]

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from bigsae.config import TrainConfig, UserError
-from bigsae.configfile import read_config, to_dict
+from bigsae.configfile import flat, read_config, to_dict
 from bigsae.hub.files import write_json
 from bigsae.training.checkpoint import checkpoints
 
@@ -36,7 +35,7 @@ def check_folder(config: TrainConfig) -> None:
         )
     if not checkpoints(Path(config.output_dir) / "checkpoints"):
         return  # it failed before its first checkpoint: this command starts it afresh, perhaps mended
-    before, now = _flat(to_dict(read_config(written))), _flat(to_dict(config))
+    before, now = flat(to_dict(read_config(written))), flat(to_dict(config))
     for name, value in now.items():
         if before[name] != value and name not in _MAY_CHANGE and name.split(".")[0] not in _MAY_CHANGE_UNDER:
             flag = "--" + name.replace("_", "-")
@@ -56,10 +55,3 @@ def write_status(config: TrainConfig, status: str, step: int, reason: str) -> No
     tokens = step * config.batch_size_tokens
     values = {"status": status, "reason": reason, "step": step, "tokens": tokens}
     write_json(Path(config.output_dir) / "status.json", values)
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat = {}
-    for name, value in values.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
-    return flat

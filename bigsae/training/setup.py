@@ -11,20 +11,17 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from transformers.utils.logging import disable_progress_bar
 
 from bigsae.checks import check, check_sources, resolve_d_sae
 from bigsae.config import TrainConfig, UserError
-from bigsae.data import tokens
-from bigsae.data.buffer import ActivationBuffer
 from bigsae.data.harvest import Harvest
-from bigsae.data.origin import begins_with_bos, check_origin, read_origin
+from bigsae.data.text import open_text
 from bigsae.kernels.dispatch import backend
 from bigsae.lm.activations import Extractor
-from bigsae.lm.hookpoints import Site, locate, resolve_targets
+from bigsae.lm.hookpoints import locate, resolve_targets
 from bigsae.lm.loading import (
     download_lm,
     load_lm,
@@ -32,7 +29,6 @@ from bigsae.lm.loading import (
     meta_model,
     process_groups,
     resolve_layout,
-    vocab_size,
 )
 from bigsae.parallel import collectives
 from bigsae.parallel.mesh import Mesh, build_mesh
@@ -55,6 +51,7 @@ from bigsae.training.sharing import build_trainers, check_mesh, choose_mesh
 from bigsae.training.signals import StopSignal
 from bigsae.training.start import load_start
 from bigsae.training.state import Run
+from bigsae.training.supply import build_harvest
 from bigsae.training.trackers import Trackers
 from bigsae.training.variants import (
     Job,
@@ -104,30 +101,17 @@ def prepare(config: TrainConfig, stop: StopSignal) -> tuple[Run, Callable[[], No
         check_order(jobs, list(widths))
     with errors_shared(mesh):
         with first_on_node(mesh):
-            source = tokens.open_dataset(config.dataset, config.data)
-            tokenizer = None
-            if not source.pretokenised or config.data.drop_special_tokens:
-                tokenizer = tokens.load_tokenizer(
-                    config.model, config.lm.revision, config.lm.trust_remote_code
-                )
-                tokens.check_vocabulary(tokenizer, vocab_size(lm_config))
-            origin = read_origin(config.dataset, config.data) if source.pretokenised else None
-            if origin is not None:
-                check_origin(origin, config.dataset, config.model, tokenizer, config.ctx_len)
-        rows = tokens.TokenRows(
-            source, tokenizer, config.ctx_len, config.data, config.seed, mesh.rank, mesh.num_ranks
-        )
+            text = open_text(config.dataset, config.data, config.model, config.lm, lm_config, config.ctx_len)
+        rows = text.rows(config.seed, mesh.rank, mesh.num_ranks)
         rows.begin()
-        heldout = _heldout(config, source, tokenizer, mesh)
+        heldout = text.heldout(config.seed, config.eval.rows, mesh.num_ranks, "--eval.rows")
 
     with first_on_node(mesh):
         download_lm(config.model, config.lm, meta)
     model = load_lm(config.model, config.lm, meta, layout, mesh.device, sites, all_layers=config.eval.ce)
     limit_waits(process_groups(model), config.timeout)
-    trained_on = trained_on_of(config, tokenizer, vocab_size(lm_config))
-    harvest = _harvest(config, sites, rows, Extractor(model, sites), trained_on, mesh)
-    prepend_bos = rows.layout.bos is not None or begins_with_bos(origin)
-    given = _Given(harvest, rows, heldout, prepend_bos, f"language model {layout}", local_bytes(model))
+    harvest = build_harvest(config, widths, rows, Extractor(model, sites), text.kept, mesh)
+    given = _Given(harvest, rows, heldout, text.prepend_bos, f"language model {layout}", local_bytes(model))
     return _begin(config, given, around, jobs, widths)
 
 
@@ -147,7 +131,7 @@ class _Given:
 
     harvest: Harvest
     rows: Any
-    heldout: Tensor | None
+    heldout: Tensor
     prepend_bos: bool
     description: str
     lm_bytes: int
@@ -211,7 +195,7 @@ def _begin(
         mesh,
         harvest,
         rows,
-        given.heldout,
+        given.heldout if len(given.heldout) else None,
         {job.name: job for job in jobs},
         trainers,
         Routing(mesh, jobs),
@@ -250,65 +234,6 @@ def errors_shared(mesh: Mesh) -> Iterator[None]:
         raise UserError(message)
 
 
-def _heldout(config: TrainConfig, source: Any, tokenizer: Any, mesh: Mesh) -> Tensor | None:
-    """Rows of the documents that are never trained on, as many as every rank can have its equal part of."""
-    if not config.data.heldout_documents:
-        return None
-    rows = tokens.heldout_rows(source, tokenizer, config.ctx_len, config.data, config.seed, config.eval.rows)
-    usable = len(rows) // mesh.num_ranks * mesh.num_ranks
-    if not usable:
-        raise UserError(
-            f"--data.heldout-documents {config.data.heldout_documents} gives {len(rows)} rows for {mesh.num_ranks} "
-            "ranks: raise it, or --eval.rows"
-        )
-    return rows[:usable]
-
-
-def trained_on_of(config: TrainConfig, tokenizer: Any, vocab_size: int) -> Callable[[Tensor], Tensor]:
-    """The function from rows of ids to which of their activations are trained on."""
-    special_ids = tokenizer.all_special_ids if tokenizer is not None else []
-
-    def trained_on(ids: Tensor) -> Tensor:
-        if ids.max() >= vocab_size:  # an embedding would fail far from the cause, on a GPU without a message
-            raise UserError(
-                f"--dataset {config.dataset} holds token id {ids.max()}, but --model {config.model} has "
-                f"{vocab_size}: the dataset was tokenised for another model"
-            )
-        return tokens.token_mask(ids, special_ids, config.data)
-
-    return trained_on
-
-
-def _harvest(
-    config: TrainConfig,
-    sites: tuple[Site, ...],
-    rows: tokens.TokenRows,
-    extract: Extractor,
-    trained_on: Callable[[Tensor], Tensor],
-    mesh: Mesh,
-) -> Harvest:
-    on_cpu = config.buffer.device == "cpu"
-    buffer = ActivationBuffer(
-        {site.name: site.d_in for site in sites},
-        capacity=config.buffer.tokens,
-        headroom=config.lm.micro_batch_rows * config.ctx_len,
-        dtype=getattr(torch, config.buffer.dtype),
-        device=torch.device("cpu") if on_cpu else mesh.device,
-        seed=config.seed,
-        rank=mesh.rank,
-    )
-    return Harvest(
-        iter(rows),
-        extract,
-        trained_on,
-        buffer,
-        config.lm.micro_batch_rows,
-        config.ctx_len,
-        config.batch_size_tokens // mesh.num_ranks,
-        mesh,
-    )
-
-
 def _metadata(config: TrainConfig, prepend_bos: bool) -> dict[str, Any]:
     """What an exported SAE says of its origin, in SAELens's terms."""
     return {
@@ -318,6 +243,8 @@ def _metadata(config: TrainConfig, prepend_bos: bool) -> dict[str, Any]:
         "dataset_path": config.dataset,
         "context_size": config.ctx_len,
         "prepend_bos": prepend_bos,
+        # What SAELens, too, would open the language model with.
+        "model_from_pretrained_kwargs": {"revision": config.lm.revision} if config.lm.revision else {},
     }
 
 

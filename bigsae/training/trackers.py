@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import json
 import secrets
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from accelerate.utils import ProjectConfiguration
 
-from bigsae.config import TrainConfig, UserError
-from bigsae.configfile import to_dict
+from bigsae.config import TrainConfig
+from bigsae.configfile import flat, to_dict
 from bigsae.hub.files import write_json
 from bigsae.hub.secrets import without_secrets
 from bigsae.parallel.launch import join_launch
 
-_PACKAGES = {"wandb": ("wandb",), "tensorboard": ("tensorboardX", "tensorboard"), "trackio": ("trackio",)}
 _IDENTITY = "trackers.json"
 
 
@@ -28,14 +26,10 @@ class Trackers:
         self.config = config
         implied = ("wandb",) if config.wandb.project is not None else ()
         self.names: tuple[str, ...] = tuple(dict.fromkeys((*config.log_with, *implied)))
-        for name in self.names:
-            # Accelerate leaves it out in silence.
-            if not any(find_spec(package) for package in _PACKAGES[name]):
-                raise UserError(f"--log-with {name} needs a package: pip install {_PACKAGES[name][0]}")
         self.out = Path(config.output_dir)
         self.accelerator = join_launch(
             config.timeout,
-            log_with=list(self.names) or None,
+            trackers=self.names,
             project_config=ProjectConfiguration(logging_dir=str(self.out / "tensorboard")),
         )
 
@@ -66,7 +60,10 @@ class Trackers:
             if tracker.name != "tensorboard":
                 tracker.store_init_configuration(values)
             elif not resumes:
-                tracker.store_init_configuration(_flat(values))
+                # It takes numbers and text, in one dictionary.
+                taken = (bool, int, float, str)
+                plain = {n: v if isinstance(v, taken) else str(v) for n, v in flat(values).items()}
+                tracker.store_init_configuration(plain)
 
     def _identity(self, resumes: bool) -> str:
         """The name of this run among others, kept in its folder."""
@@ -91,14 +88,3 @@ class Trackers:
         for tracker in self.accelerator.trackers:
             # Not end_training(): a script may train again in the same process group.
             tracker.finish()
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """The values as tensorboard takes them: in one dictionary, of numbers and text."""
-    flat: dict[str, Any] = {}
-    for name, value in values.items():
-        if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{name}.")
-        else:
-            flat[prefix + name] = value if isinstance(value, (bool, int, float, str)) else str(value)
-    return flat

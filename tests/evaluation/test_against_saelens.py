@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import bigsae
-from bigsae.data import tokens
+from bigsae.data.text import open_text
 from bigsae.evaluation.run import some_rows
 from tests.launch import ROOT
 
@@ -73,11 +73,10 @@ def test_saelens_finds_the_same(quickstart_run):
     ours: dict[str, Any] = bigsae.evaluate_saes(config)["saes"]["model.layers.6"]
 
     tokenizer = AutoTokenizer.from_pretrained(config.model)
-    rows = some_rows(
-        tokens.open_dataset(str(config.dataset), config.data), tokenizer, CTX_LEN, config.data, 0, NUM_ROWS
-    )
-    assert (rows[:, 0] == tokenizer.bos_token_id).all()  # so that SAELens leaves position 0 out as well
     model = AutoModelForCausalLM.from_pretrained(config.model, dtype=torch.float32)
+    text = open_text(str(config.dataset), config.data, str(config.model), config.lm, model.config, CTX_LEN)
+    rows = some_rows(text, 0, NUM_ROWS)
+    assert (rows[:, 0] == tokenizer.bos_token_id).all()  # so that SAELens leaves position 0 out as well
     theirs, of_latents = evals.run_evals(
         SAE.load_from_disk(folder, device="cpu"),
         Store(rows),

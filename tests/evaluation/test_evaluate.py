@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 import bigsae
-from bigsae.data import tokens
+from bigsae.data.text import open_text
 from bigsae.evaluation.run import some_rows
 from bigsae.evaluation.table import as_table
 from bigsae.hub.formats import save_sae
@@ -62,8 +62,10 @@ class Plain:
     def __init__(self, home: Path, config: bigsae.EvaluateConfig) -> None:
         self.model = plain_model(home / "lm")
         tokenizer = AutoTokenizer.from_pretrained(home / "lm")
-        source = tokens.open_dataset(str(home / "corpus.jsonl"), config.data)
-        self.ids = some_rows(source, tokenizer, CTX_LEN, config.data, config.seed, NUM_ROWS)
+        text = open_text(
+            str(config.dataset), config.data, str(config.model), config.lm, self.model.config, CTX_LEN
+        )
+        self.ids = some_rows(text, config.seed, NUM_ROWS)
         self.keep = torch.ones_like(self.ids, dtype=torch.bool)
         if config.data.drop_first_position:
             self.keep[:, 0] = False

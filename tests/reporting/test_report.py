@@ -176,7 +176,7 @@ def test_memory_is_the_planners(home, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["nowhere"], "report nowhere: no config.json there"),
+        (["nowhere"], "report nowhere: no config.json of a run there"),
         (
             ["RUN", "--latents", str(WIDTH)],
             f"--latents {WIDTH}: .*plain/model.layers.1 has latents 0 to {WIDTH - 1}",

@@ -217,8 +217,8 @@ def test_trackio(config, tmp_path):
 
 
 def test_a_tracker_that_is_not_installed_is_an_error(config, monkeypatch):
-    monkeypatch.setattr("bigsae.training.trackers.find_spec", lambda name: None)
-    with pytest.raises(UserError, match="--log-with tensorboard needs a package: pip install tensorboardX"):
+    monkeypatch.setattr("bigsae.parallel.launch.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"--log-with tensorboard: .*pip install tensorboardX"):
         bigsae.train_saes(replace(config, log_with=("tensorboard",)))
 
 
