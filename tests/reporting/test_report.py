@@ -147,19 +147,32 @@ def test_a_run_that_goes_on(home, tmp_path):
         make(tmp_path, running)
 
 
-def test_foreign_code_runs_only_by_this_commands_flag(home, tmp_path, monkeypatch):
+def test_foreign_code_runs_only_by_this_commands_flag(home, tmp_path, monkeypatch, caplog):
     """A run's folder may come from anyone."""
     seen = []
     meta_model = latents.meta_model
     monkeypatch.setattr(latents, "meta_model", lambda *args: seen.append(args[1]) or meta_model(*args))
     shutil.copytree(home / "plain", tmp_path / "foreign")
     config = json.loads((home / "plain/config.json").read_text())
-    config["lm"] |= {"trust_remote_code": True, "kwargs": '{"attn_implementation": "eager"}'}
+    kwargs = {"attn_implementation": "eager", "experts_implementation": "someone/kernels"}
+    config["lm"] |= {"trust_remote_code": True, "kwargs": json.dumps(kwargs)}
     (tmp_path / "foreign/config.json").write_text(json.dumps(config))
     make(tmp_path, tmp_path / "foreign", num_latents=1)
-    make(tmp_path, tmp_path / "foreign", num_latents=1, trust_remote_code=True)
+    assert "someone/kernels of --lm.kwargs is code from the Hub: left out" in caplog.text
+    with pytest.raises(UserError, match="kernels"):  # asked for, and not to be had here
+        make(tmp_path, tmp_path / "foreign", num_latents=1, trust_remote_code=True)
     assert [lm.trust_remote_code for lm in seen] == [False, True]
+    assert [json.loads(lm.kwargs) for lm in seen] == [{"attn_implementation": "eager"}, kwargs]
     assert "attn_implementation" not in (tmp_path / "r.html").read_text()
+
+
+def changed_run(run: Path, **changes: Any) -> Path:
+    """`run` with other options in its config.json."""
+    config = json.loads((run / "config.json").read_text())
+    for name, value in changes.items():
+        config[name] = config[name] | value if isinstance(value, dict) else value
+    (run / "config.json").write_text(json.dumps(config))
+    return run
 
 
 def test_memory_is_the_planners(home, tmp_path):
@@ -171,6 +184,15 @@ def test_memory_is_the_planners(home, tmp_path):
     weights = 4 * sum(parameter.numel() for parameter in kept.parameters())
     assert parts["language model"] == pytest.approx(weights, rel=0.01)
     assert parts["SAE weights"] == 4 * (2 * WIDTH * 32 + WIDTH + 32)
+    shutil.copytree(home / "plain", tmp_path / "other")
+    whole = changed_run(tmp_path / "other", data={"heldout_documents": 2}, eval={"ce": True})
+    measured = dict(make(tmp_path, whole, contexts=False)["runs"][0]["memory"]["parts"])
+    model = AutoModelForCausalLM.from_pretrained(home / "lm")
+    whole_weights = 4 * sum(parameter.numel() for parameter in model.parameters())
+    assert measured["language model"] == pytest.approx(whole_weights, rel=0.01)
+    changed_run(tmp_path / "other", data={}, eval={}, activations="a/cache")
+    cached = dict(make(tmp_path, tmp_path / "other", contexts=False)["runs"][0]["memory"]["parts"])
+    assert "language model" not in cached and cached["buffer"] == parts["buffer"]
 
 
 @pytest.mark.parametrize(
