@@ -14,7 +14,7 @@ from bigsae.training.state import Run
 logger = logging.getLogger("bigsae")
 
 # In the run's folder: being written, and being pushed.
-_WRITTEN, _PUSHED = ".saes", ".pushed"
+_WRITTEN, PUSHED = ".saes", ".pushed"
 
 
 def export_saes(run: Run, folder: Path) -> None:
@@ -64,7 +64,6 @@ def publish_finished(run: Run) -> None:
             shutil.rmtree(written)
     if run.pusher is not None:
         run.pusher.push_last(run.out, run.step, run.stop)
-        shutil.rmtree(run.out / _PUSHED, ignore_errors=True)
 
 
 def _due(run: Run, every: int) -> bool:
@@ -83,7 +82,7 @@ def _write(run: Run) -> Path:
 
 def _to_be_pushed(run: Run, written: Path) -> Path:
     """`written` as a folder that stays while it is pushed, with what the model card tells of."""
-    folder = run.out / _PUSHED
+    folder = run.out / PUSHED
     shutil.rmtree(folder, ignore_errors=True)
     written.rename(folder)
     for name in ("config.json", "metrics.jsonl"):

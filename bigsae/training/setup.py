@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -44,6 +45,7 @@ from bigsae.training.cached import (
 )
 from bigsae.training.checkpoint import checkpoints
 from bigsae.training.heldout_ce import check_order
+from bigsae.training.publish import PUSHED
 from bigsae.training.pusher import Pusher, open_pusher
 from bigsae.training.routing import Routing
 from bigsae.training.saving import resume
@@ -218,6 +220,7 @@ def _begin(
         around.trackers.finish()
         if around.pusher is not None:
             around.pusher.stop()
+            shutil.rmtree(run.out / PUSHED, ignore_errors=True)
 
     return run, close
 

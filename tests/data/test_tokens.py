@@ -1,4 +1,4 @@
-"""Rows of tokens: packing, ranks, epochs, held-out documents, the thread."""
+"""Rows of tokens: packing, ranks, epochs, the thread."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from bigsae.config import DataConfig, UserError
 from bigsae.data import packing, sources, tokens
 from bigsae.data.packing import Cursor, Row, produce
 from bigsae.data.tokenizer import encoder, layout_for
-from bigsae.data.tokens import TokenRows, heldout_rows, open_dataset, token_mask
+from bigsae.data.tokens import TokenRows, open_dataset, token_mask
 from tests.data.corpora import KINDS, make_source, naive_rows, shard_contents, texts
 from tests.models import english, tiny_tokenizer
 
@@ -200,39 +200,6 @@ def test_input_ids_are_cut_and_their_remainders_counted(kind, caplog):
     assert rows.num_dropped_tokens == sum(length % 8 for length in lengths)
     assert rows.num_skipped_documents == 2
     assert f"{rows.num_dropped_tokens} tokens dropped" in caplog.text
-
-
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("num_heldout", [1, 7, 60])
-def test_heldout_documents_are_never_trained_on(kind, num_heldout):
-    num_documents = 97
-    source = make_source(kind, {"input_ids": [[i] * 4 for i in range(num_documents)]})
-    data = DataConfig(num_shards=3, heldout_documents=num_heldout, epochs=2)
-    held = heldout_rows(source, None, 4, data, 0, 10_000)
-    assert held.shape == (num_heldout, 4)
-    assert held.dtype == torch.int64
-    held_ids = set(held[:, 0].tolist())
-    assert len(held_ids) == num_heldout
-    trained: Counter[int] = Counter()
-    for rank in range(2):
-        trained.update(row[0] for row in rows_of(source, None, 4, data, 0, rank, 2))
-    assert trained == Counter({i: 2 for i in range(num_documents) if i not in held_ids})
-    assert torch.equal(heldout_rows(source, None, 4, data, 0, 5), held[:5])
-    if kind == "modulo":
-        assert held_ids == set(range(num_heldout))
-    if kind == "map" and num_heldout == 7:
-        assert not torch.equal(heldout_rows(source, None, 4, data, 1, 10_000), held)
-
-
-def test_heldout_text_is_packed_like_all_text_in_turn(tokenizer):
-    documents = texts(30)
-    source = make_source("modulo", {"text": documents})
-    data = DataConfig(num_shards=4, heldout_documents=6)
-    rows = [naive_rows([document], tokenizer, 21)[0] for document in documents[:6]]
-    expected = [own[turn] for turn in range(max(map(len, rows))) for own in rows if turn < len(own)]
-    assert len(expected) > 6
-    assert heldout_rows(source, tokenizer, 21, data, 0, 100).tolist() == expected
-    assert heldout_rows(source, tokenizer, 21, DataConfig(), 0, 100).shape == (0, 21)
 
 
 def test_token_mask():

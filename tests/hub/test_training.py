@@ -176,6 +176,7 @@ def test_resuming_pushes_what_is_due_after_it(hub: Hub, config, monkeypatch):
         with pytest.raises(InterruptedError):
             bigsae.train_saes(config)
     assert pushed == [(".pushed", 5)]
+    assert not (Path(config.output_dir) / ".pushed").exists()  # closed
     bigsae.train_saes(replace(config, resume=True))
     assert pushed == [(".pushed", 5), (".pushed", 5), (".pushed", 10), ("run", 12)]
 
