@@ -243,6 +243,8 @@ class CheckpointConfig:
     """Steps between checkpoints; 0 saves at the end of the run alone."""
     keep: int = 2
     """Newest checkpoints that are kept; 0 keeps all."""
+    beside_training: bool = True
+    """Copy what is to be saved to the host's memory, and write it to disk while training goes on."""
 
 
 @dataclass(frozen=True)

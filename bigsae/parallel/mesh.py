@@ -105,10 +105,26 @@ def share_latents(mesh: Mesh, num_latent: int) -> Mesh:
     )
 
 
+def on_host(mesh: Mesh) -> Mesh:
+    """The same ranks for what a thread does beside training: over CPUs, with a control group of its own.
+
+    Two threads must not talk over one group: which of them is meant depends on the order of the calls. All ranks call
+    this.
+    """
+    if mesh.world is None:
+        return mesh
+    return replace(mesh, control=_beside(mesh.world), devices=_devices(mesh.world, "cpu", mesh.num_latent))
+
+
 # Groups are made once: their descriptors and threads, on GPUs communicators, stay until the process ends.
 @functools.cache
 def _on_cpu(world: ProcessGroup) -> ProcessGroup:
     return world if dist.get_backend(world) == "gloo" else cast(ProcessGroup, dist.new_group(backend="gloo"))
+
+
+@functools.cache
+def _beside(world: ProcessGroup) -> ProcessGroup:
+    return cast(ProcessGroup, dist.new_group(dist.get_process_group_ranks(world), backend="gloo"))
 
 
 @functools.cache

@@ -2,17 +2,19 @@
 
 checkpoints/step_<n>/   *.distcp .metadata      weights, optimiser, statistics; each rank's buffer and generator
                         state.json rank_<r>.json  step, counters; each rank's data cursors
-                        COMPLETE                the marker: without it the folder is not a checkpoint
+                        COMPLETE                the marker, with the checksums of all other files: without it the
+                                                folder is not a checkpoint
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +22,9 @@ from typing import Any
 
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 
+from bigsae.config import UserError
 from bigsae.hub.files import sync_folder, write_json
 from bigsae.parallel import collectives
 from bigsae.parallel.mesh import Mesh
@@ -28,6 +32,10 @@ from bigsae.parallel.mesh import Mesh
 logger = logging.getLogger("bigsae")
 
 _MARKER = "COMPLETE"
+
+
+class NotSaved(Exception):
+    """A checkpoint could not be written on some rank; raised on all of them. Those before it are whole."""
 
 
 def save(
@@ -43,43 +51,123 @@ def save(
     """Write checkpoint `folder`/step_<n>, on all ranks together, and drop the oldest beyond `keep` (0: none).
 
     `tensors` are held together: the same on every rank under one name, or DTensors; or one rank's alone under a name
-    that no other has. `state` is the same on every rank; `rank_tensors` and `rank_state` are this rank's own.
+    that no other has. `state` is the same on every rank; `rank_tensors` and `rank_state` are this rank's own. Raises
+    NotSaved, on all ranks, where one of them cannot write.
     """
     final, temporary = folder / f"step_{step}", folder / f".step_{step}.tmp"
-    if mesh.is_main:
-        for leftover in (
-            *folder.glob(".step_*.tmp"),
-            *folder.glob(".step_*.old"),
-        ):  # of a run that was killed
-            shutil.rmtree(leftover)
-        temporary.mkdir(parents=True)
-    collectives.barrier(mesh.control)
+    with _failing_together(mesh):
+        if mesh.is_main:
+            _drop_leftovers(folder)
+            temporary.mkdir(parents=True)
     own = {f"rank_{mesh.rank}/{name}": tensor for name, tensor in rank_tensors.items()}
     writer = dcp.FileSystemWriter(temporary, sync_files=True)
-    with _single_process_unremarked(mesh):
-        dcp.save(
-            tensors | own, storage_writer=writer, process_group=mesh.control, no_dist=mesh.num_ranks == 1
-        )
-    write_json(temporary / f"rank_{mesh.rank}.json", rank_state)
-    collectives.barrier(mesh.control)
-    if mesh.is_main:
-        write_json(temporary / "state.json", state | {"step": step, "num_ranks": mesh.num_ranks})
-        write_json(temporary / _MARKER, {"step": step})
-        if final.exists():  # without its marker, or the same step before the run was known to be finished
-            final.rename(folder / f".step_{step}.old")
-        temporary.rename(final)
-        sync_folder(folder)
-        shutil.rmtree(folder / f".step_{step}.old", ignore_errors=True)
-        for old in checkpoints(folder)[:-keep] if keep else []:
-            shutil.rmtree(old)
-    collectives.barrier(mesh.control)
+    files: dict[str, tuple[int, str]] = {}
+    with _failing_together(mesh):
+        with _single_process_unremarked(mesh):
+            dcp.save(
+                tensors | own, storage_writer=writer, process_group=mesh.control, no_dist=mesh.num_ranks == 1
+            )
+        write_json(temporary / f"rank_{mesh.rank}.json", rank_state)
+        if mesh.is_main:
+            write_json(temporary / "state.json", state | {"step": step, "num_ranks": mesh.num_ranks})
+    with _failing_together(mesh):
+        files = _checksums(sorted(temporary.iterdir())[mesh.rank :: mesh.num_ranks])
+    whole = {name: sums for part in collectives.objects(files, mesh.control) for name, sums in part.items()}
+    with _failing_together(mesh):
+        if mesh.is_main:
+            write_json(temporary / _MARKER, {"step": step, "files": whole})
+            if final.exists():  # without its marker, or the same step before the run was known to be finished
+                final.rename(folder / f".step_{step}.old")
+            temporary.rename(final)
+            sync_folder(folder)
+            shutil.rmtree(folder / f".step_{step}.old", ignore_errors=True)
+            for old in checkpoints(folder)[:-keep] if keep else []:
+                shutil.rmtree(old)
     return final
 
 
+def _drop_leftovers(folder: Path) -> None:
+    """What a killed run, or a full disk, has left of checkpoints that were never whole."""
+    for leftover in (*folder.glob(".step_*.tmp"), *folder.glob(".step_*.old")):
+        shutil.rmtree(leftover)
+
+
+@contextmanager
+def _failing_together(mesh: Mesh) -> Iterator[None]:
+    """A block after which all ranks go on, or all raise NotSaved since one of them could not write. They meet here."""
+    reason = ""
+    try:
+        yield
+    except OSError as error:
+        reason = str(error)
+    except CheckpointException as error:  # known to all ranks
+        first = next(iter(error.failures.values()))[0]
+        if not isinstance(first, (OSError, RuntimeError)):  # serialisation to a full disk is a RuntimeError
+            raise
+        reason = " ".join(str(first).split())
+    if reason := collectives.first_text(reason, mesh.control):
+        raise NotSaved(reason)
+
+
+def _checksums(files: Iterable[Path]) -> dict[str, tuple[int, str]]:
+    """Bytes and SHA-256 of each file, by its name."""
+    sums = {}
+    for path in files:
+        with path.open("rb") as file:
+            sums[path.name] = (path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest())
+    return sums
+
+
 def checkpoints(folder: Path) -> list[Path]:
-    """The whole checkpoints in `folder`, oldest first."""
+    """The checkpoints in `folder` that were written to their end, oldest first."""
     whole = [path for path in folder.glob("step_*") if (path / _MARKER).is_file()]
     return sorted(whole, key=step_of)
+
+
+def newest_whole(folder: Path, mesh: Mesh) -> Path | None:
+    """The newest checkpoint in `folder` whose files are as they were written; None where there is none at all.
+
+    One that is not is put aside as damaged_step_<n>, which is said. Raises UserError where all are. All ranks call
+    this, and see the same folder.
+    """
+    found = checkpoints(folder)
+    for path in reversed(found):
+        damage = collectives.first_text(_damage(path, mesh), mesh.control)
+        if not damage:
+            return path
+        if mesh.is_main:
+            aside = path.with_name(f"damaged_{path.name}")
+            shutil.rmtree(aside, ignore_errors=True)
+            path.rename(aside)
+            logger.warning("%s is damaged (%s): it is now %s, and the one before it is taken", path, damage,
+                           aside.name)  # fmt: skip
+        collectives.barrier(mesh.control)
+    if found:
+        raise UserError(
+            f"--resume: all checkpoints in {folder} are damaged (put aside as damaged_step_…): give another "
+            "--output-dir to start afresh"
+        )
+    return None
+
+
+def _damage(checkpoint: Path, mesh: Mesh) -> str:
+    """What is wrong with this rank's share of the files of `checkpoint`; empty where nothing is."""
+    try:
+        files = json.loads((checkpoint / _MARKER).read_bytes())["files"]
+        written = {str(name): (int(size), str(digest)) for name, (size, digest) in files.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return f"its {_MARKER} cannot be read"
+    for name in sorted(written)[mesh.rank :: mesh.num_ranks]:
+        path = checkpoint / name
+        try:
+            size = path.stat().st_size
+            if size != written[name][0]:
+                return f"{name} has {size} bytes of {written[name][0]}"
+            if _checksums([path])[name] != written[name]:
+                return f"{name} is not as it was written"
+        except OSError as error:
+            return f"{name} cannot be read: {error.strerror}"
+    return ""
 
 
 def step_of(checkpoint: Path) -> int:

@@ -14,7 +14,7 @@ from bigsae.training.heldout import measure_heldout
 from bigsae.training.heldout_ce import measure_heldout_ce
 from bigsae.training.progress import ProgressBar
 from bigsae.training.publish import export_saes, publish, publish_finished
-from bigsae.training.saving import refuse_skipped, save
+from bigsae.training.saving import refuse_skipped, save, save_last, settle
 from bigsae.training.state import Run
 from bigsae.training.trainer import SAETrainer
 from bigsae.training.variants import Job
@@ -32,7 +32,11 @@ def train(run: Run) -> str:
         return "finished"
     with ProgressBar(run.config.num_steps, run.step, shown=run.mesh.is_main) as bar:
         _restart_clock(run)
-        status, reason = _steps(run, bar)
+        try:
+            status, reason = _steps(run, bar)
+        except UserError:
+            settle(run)  # what was to be saved was whole: a resume may begin there
+            raise
         run.finished = status == "finished"
         if run.finished:
             _log(run, bar)
@@ -41,7 +45,7 @@ def train(run: Run) -> str:
                 _measure(run)
             bar.activity("saving")
             export_saes(run, run.out)
-        save(run)
+        save_last(run)
         if run.mesh.is_main:
             write_status(run.config, status, run.step, reason)
         if run.finished:

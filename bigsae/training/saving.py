@@ -12,7 +12,7 @@ from bigsae.config import UserError
 from bigsae.data.tokens import merge_states
 from bigsae.parallel import collectives
 from bigsae.training import checkpoint
-from bigsae.training.checkpoint import Saved
+from bigsae.training.checkpoint import NotSaved, Saved
 from bigsae.training.state import Run
 
 logger = logging.getLogger("bigsae")
@@ -28,13 +28,40 @@ def refuse_skipped(run: Run, num_skipped: dict[str, float]) -> None:
             )
 
 
+def settle(run: Run) -> None:
+    """Wait for the checkpoint that is being written. One that could not be written is said: the next may be."""
+    try:
+        step = run.saver.wait()
+    except NotSaved as error:
+        logger.error(
+            "a checkpoint could not be written (%s): the run goes on, and its checkpoints before it are whole: make "
+            "room in --output-dir %s", error, run.out,
+        )  # fmt: skip
+    else:
+        run.saved_step = run.saved_step if step is None else step
+
+
+def save_last(run: Run) -> None:
+    """The checkpoint with which a run ends. Raises UserError where it cannot be written."""
+    save(run)
+    try:
+        step = run.saver.wait()
+    except NotSaved as error:
+        raise UserError(
+            f"--output-dir {run.out}: the last checkpoint could not be written ({error}): make room; --resume goes on "
+            f"from {'the start' if run.saved_step is None else f'step {run.saved_step}'}"
+        ) from error
+    run.saved_step = run.saved_step if step is None else step
+
+
 def save(run: Run) -> None:
-    """A checkpoint of all there is, unless the newest one holds it already."""
+    """Begin a checkpoint of all there is, unless the newest one holds it already."""
+    start = time.perf_counter()
+    settle(run)
     if run.saved_step == run.step and not run.finished and not run.harvest.refilling:
         return
     skipped = {name: trainer.window.num_skipped.item() for name, trainer in run.trainers.items()}
     refuse_skipped(run, run.of_all_ranks(skipped))
-    start = time.perf_counter()
     own = {f"buffer/{key}": t for key, t in run.harvest.buffer.tensors().items()}
     own |= _rank_tensors(run)
     state = {
@@ -50,10 +77,7 @@ def save(run: Run) -> None:
         "refilling": run.harvest.refilling,
         "data": run.rows.state_dict(),
     }
-    folder = run.out / "checkpoints"
-    keep = run.config.checkpoint.keep
-    checkpoint.save(folder, run.step, _tensors(run), own, state, rank_state, keep, run.mesh)
-    run.saved_step = run.step
+    run.saver.start(run.step, _tensors(run), own, state, rank_state)
     run.clock["time"] += time.perf_counter() - start
 
 
@@ -74,9 +98,9 @@ def _rank_tensors(run: Run) -> dict[str, Tensor]:
 def resume(run: Run) -> None:
     """Go on from the newest whole checkpoint of the run's folder; where there is none, say so and start afresh."""
     whole = checkpoint.checkpoints(run.out / "checkpoints")
-    newest = checkpoint.step_of(whole[-1]) if whole else -1
-    lowest = -collectives.max_ints([-newest], run.mesh.control)[0]
-    if lowest != collectives.max_ints([newest], run.mesh.control)[0]:
+    step = checkpoint.step_of(whole[-1]) if whole else -1
+    lowest = -collectives.max_ints([-step], run.mesh.control)[0]
+    if lowest != collectives.max_ints([step], run.mesh.control)[0]:
         raise UserError(
             f"--resume: not all ranks find the same newest checkpoint in {run.out}: --output-dir must lie on a file "
             "system that all nodes share"
@@ -86,9 +110,11 @@ def resume(run: Run) -> None:
         if run.mesh.is_main:
             run.metrics.truncate_after(-1)
         return
-    saved = checkpoint.read_state(whole[-1])
+    newest = checkpoint.newest_whole(run.out / "checkpoints", run.mesh)
+    assert newest is not None
+    saved = checkpoint.read_state(newest)
     state = saved.state
-    run.step = run.saved_step = checkpoint.step_of(whole[-1])
+    run.step = run.saved_step = checkpoint.step_of(newest)
     run.finished, run.initialised = state["finished"], state["initialised"]
     run.num_unlogged = state["num_unlogged"]
     for name, trainer in run.trainers.items():
@@ -111,7 +137,7 @@ def resume(run: Run) -> None:
         _deal_sums(run, saved)
     if run.mesh.is_main:
         run.metrics.truncate_after(run.step)
-    logger.info("resumed %s at step %d", whole[-1], run.step)
+    logger.info("resumed %s at step %d", newest, run.step)
     if not same_ranks:
         logger.info("it was written by %d ranks, this run has %d: data and buffers are dealt anew", saved.num_ranks,
                     run.mesh.num_ranks)  # fmt: skip

@@ -48,6 +48,7 @@ from bigsae.training.heldout_ce import check_order
 from bigsae.training.publish import PUSHED
 from bigsae.training.pusher import Pusher, open_pusher
 from bigsae.training.routing import Routing
+from bigsae.training.saver import Saver
 from bigsae.training.saving import resume
 from bigsae.training.sharing import build_trainers, check_mesh, choose_mesh
 from bigsae.training.signals import StopSignal
@@ -205,6 +206,13 @@ def _begin(
         around.trackers,
         around.pusher,
         around.stop,
+        Saver(
+            Path(config.output_dir) / "checkpoints",
+            config.checkpoint.keep,
+            mesh,
+            config.timeout,
+            beside=config.checkpoint.beside_training,
+        ),
     )
     _announce(run, given)
     if config.resume:

@@ -15,6 +15,7 @@ from bigsae.parallel.mesh import Mesh
 from bigsae.training.metrics import MetricsFile
 from bigsae.training.pusher import Pusher
 from bigsae.training.routing import Routing
+from bigsae.training.saver import Saver
 from bigsae.training.signals import StopSignal
 from bigsae.training.trackers import Trackers
 from bigsae.training.trainer import SAETrainer
@@ -43,6 +44,8 @@ class Run:
     pusher: Pusher | None
     """On the main rank, where the SAEs go to the Hub."""
     stop: StopSignal
+    saver: Saver
+    """Writes checkpoints."""
     step: int = 0
     """Steps that are done."""
     num_unlogged: int = 0
