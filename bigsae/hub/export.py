@@ -3,6 +3,7 @@
 README.md                       the model card
 <hookpoint>/…                   each SAE, in a sweep <hookpoint>/<variant>/
 config.json  metrics.jsonl      of the run, where there is one
+curves.svg                      its learning curves
 """
 
 from __future__ import annotations
@@ -17,23 +18,24 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file
 from torch import Tensor
 
 from bigsae.config import TrainConfig, UserError
 from bigsae.configfile import read_config, to_dict
 from bigsae.hub.card import Entry, entry, model_card
+from bigsae.hub.curves import learning_curves
 from bigsae.hub.files import write_atomic, write_json
 from bigsae.hub.formats import CONFIGS, FILES, SPARSITY, Format, default_format, read_sae, save_sae
 from bigsae.hub.load import check_inside
 from bigsae.hub.options import ExportConfig
 from bigsae.hub.repository import commit_folder, open_repository
 from bigsae.hub.secrets import without_secrets
+from bigsae.hub.weights import read_safetensors
 from bigsae.progress import Progress
 from bigsae.sae.base import SAE
 
 _NOT_SAES = ("checkpoints", "wandb", "tensorboard")
-_CARD = "README.md"
+_CARD, _CURVES = "README.md", "curves.svg"
 
 
 def export_run(config: ExportConfig) -> str:
@@ -44,11 +46,11 @@ def export_run(config: ExportConfig) -> str:
     """
     run = Path(config.run)
     names = find_saes(run)
-    run_config = run / "config.json"
-    # Beside an SAE's own files it is dictionary_learning's.
-    trained = read_config(run_config) if names != ["."] and run_config.exists() else None
+    # A config.json alone may be of another library, which the SAEs come from.
+    is_run = (run / "config.json").is_file() and (run / "status.json").is_file()
+    trained = read_config(run / "config.json") if is_run else None
     saes = ((name if name != "." else run.resolve().name, *_read(run, name)) for name in names)
-    return _publish(saes, len(names), config, trained, _rows(run))
+    return _publish(saes, len(names), config, trained, _rows(run) if is_run else [])
 
 
 def push_saes(
@@ -100,6 +102,9 @@ def _publish(
         if rows:
             lines = "".join(json.dumps(without_secrets(row)) + "\n" for row in rows)
             write_atomic(folder / "metrics.jsonl", lambda path: path.write_text(lines))
+        curves = learning_curves([e.name for e in entries], rows)
+        if curves is not None:
+            write_atomic(folder / _CURVES, lambda path: path.write_text(without_secrets(curves)))
         origin = entries[0].metadata
         card = model_card(
             repo_id or str(config.output),
@@ -110,6 +115,7 @@ def _publish(
             str(config.base_model or (trained.model if trained else origin.get("model_name")) or ""),
             str(config.dataset or (trained.dataset if trained else origin.get("dataset_path")) or ""),
             config.license,
+            _CURVES if curves is not None else None,
         )
         write_atomic(folder / _CARD, lambda path: path.write_text(without_secrets(card)))
         if repo_id is None:
@@ -171,7 +177,7 @@ def _read(run: Path, name: str) -> tuple[SAE, Tensor | None]:
     sae = read_sae(folder)
     if not (folder / SPARSITY).exists():
         return sae, None
-    sparsity = load_file(folder / SPARSITY).get("sparsity")
+    sparsity = read_safetensors(folder / SPARSITY).get("sparsity")
     return sae, sparsity if sparsity is not None and sparsity.shape == (sae.d_sae,) else None
 
 

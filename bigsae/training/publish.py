@@ -86,7 +86,7 @@ def _to_be_pushed(run: Run, written: Path) -> Path:
     folder = run.out / _PUSHED
     shutil.rmtree(folder, ignore_errors=True)
     written.rename(folder)
-    for name in ("config.json", "metrics.jsonl"):
+    for name in ("config.json", "metrics.jsonl", "status.json"):
         if (run.out / name).exists():
             shutil.copyfile(run.out / name, folder / name)
     return folder

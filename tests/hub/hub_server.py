@@ -1,4 +1,4 @@
-"""As much of the Hub as publishing and loading SAEs asks for: repositories with commits, LFS files, and bad days."""
+"""As much of the Hub as publishing and loading asks for: repositories with commits, LFS files, and bad days."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from urllib.parse import unquote, urlsplit
 import yaml
 
 TOKEN = "hf_ThisIsTheTestsOwnSecret"
-_LFS = (".safetensors", ".pt")
+_LFS = (".safetensors", ".pt", ".parquet")
+_DATASETS = "datasets/"
 
 
 @dataclass
@@ -44,6 +45,7 @@ class Repository:
 class Hub:
     endpoint: str = ""
     repositories: dict[str, Repository] = field(default_factory=dict)
+    """By user/name, those of datasets by datasets/user/name."""
     objects: dict[str, bytes] = field(default_factory=dict)
     """What was uploaded whole, by its SHA-256."""
     requests: list[tuple[str, str]] = field(default_factory=list)
@@ -92,7 +94,8 @@ class _Handler(BaseHTTPRequestHandler):
         if path == "/api/validate-yaml":
             return self.validate(json.loads(body)["content"])
         may_write = self.headers.get("Authorization") == f"Bearer {TOKEN}" and not hub.refuses_writes
-        if self.command == "POST" and not may_write:
+        reads = "/paths-info/" in path
+        if (self.command == "POST" and not reads or path.endswith("/auth-check/write")) and not may_write:
             return self.answer(
                 403 if hub.refuses_writes else 401, b"", {"X-Error-Message": "no write access"}
             )
@@ -100,9 +103,11 @@ class _Handler(BaseHTTPRequestHandler):
             return self.create(json.loads(body))
         if path.endswith("/info/lfs/objects/batch"):
             return self.batch(json.loads(body))
-        if path.startswith("/api/models/"):
-            return self.api(path.removeprefix("/api/models/").split("/"), body)
-        return self.resolve(path.removeprefix("/").split("/", 4))
+        for kind, prefix in (("models", ""), ("datasets", _DATASETS)):
+            if path.startswith(f"/api/{kind}/"):
+                return self.api(prefix, path.removeprefix(f"/api/{kind}/").split("/"), body)
+        prefix = _DATASETS if path.startswith(f"/{_DATASETS}") else ""
+        return self.resolve(prefix, path.removeprefix(f"/{prefix}").split("/", 4))
 
     def answer(self, code: int, body: bytes | Any, headers: dict[str, str] | None = None) -> None:
         if not isinstance(body, bytes):
@@ -120,7 +125,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.connection.close()
 
     def create(self, asked: dict[str, Any]) -> None:
-        repo_id = f"{asked['organization']}/{asked['name']}"
+        prefix = _DATASETS if asked.get("type") == "dataset" else ""
+        repo_id = f"{prefix}{asked['organization']}/{asked['name']}"
         url = {"url": f"{self.hub.endpoint}/{repo_id}"}
         if repo_id in self.hub.repositories:
             return self.answer(409, url)
@@ -158,11 +164,14 @@ class _Handler(BaseHTTPRequestHandler):
         hub.objects[oid] = content
         return self.answer(200, b"")
 
-    def api(self, parts: list[str], body: bytes) -> None:
-        repository = self.visible("/".join(parts[:2]))
+    def api(self, prefix: str, parts: list[str], body: bytes) -> None:
+        repo_id = prefix + "/".join(parts[:2])
+        repository = self.visible(repo_id)
         if repository is None:
             return self.answer(404, b"", {"X-Error-Code": "RepoNotFound"})
         what, revision = (*parts[2:4], "", "main")[:2]
+        if what == "auth-check":
+            return self.answer(200, b"")
         commit = repository.at(revision or "main")
         if commit is None:
             return self.answer(404, b"", {"X-Error-Code": "RevisionNotFound"})
@@ -178,10 +187,13 @@ class _Handler(BaseHTTPRequestHandler):
             return self.answer(200, facts)
         if what == "tree":
             return self.answer(200, [self.entry(name, content) for name, content in files.items()])
+        if what == "paths-info":
+            asked = json.loads(body)["paths"]
+            return self.answer(200, [self.entry(name, files[name]) for name in asked if name in files])
         if what == "preupload":
             return self.preupload(files, json.loads(body)["files"])
         assert what == "commit" and revision == "main"
-        return self.commit(repository, "/".join(parts[:2]), [json.loads(line) for line in body.splitlines()])
+        return self.commit(repository, repo_id, [json.loads(line) for line in body.splitlines()])
 
     def visible(self, repo_id: str) -> Repository | None:
         repository = self.hub.repositories.get(repo_id)
@@ -230,9 +242,9 @@ class _Handler(BaseHTTPRequestHandler):
             200, {"commitUrl": f"{self.hub.endpoint}/{repo_id}/commit/{sha}", "commitOid": sha}
         )
 
-    def resolve(self, parts: list[str]) -> None:
+    def resolve(self, prefix: str, parts: list[str]) -> None:
         """user, name, "resolve", revision, path."""
-        repository = self.visible("/".join(parts[:2]))
+        repository = self.visible(prefix + "/".join(parts[:2]))
         if repository is None or len(parts) < 5:
             return self.answer(404, b"", {"X-Error-Code": "RepoNotFound"})
         commit = repository.at(parts[3])

@@ -61,6 +61,7 @@ def make_run(folder: Path, names: tuple[str, ...] = NAMES) -> Path:
             }
             rows.append(row | ({"variant": variant} if variant else {}))
     (folder / "config.json").write_text(json.dumps(to_dict(config)))
+    (folder / "status.json").write_text("{}")
     (folder / "metrics.jsonl").write_text(
         "".join(json.dumps(row) + "\n" for row in rows) + '{"step": 41, "to'
     )
