@@ -95,7 +95,7 @@ class _Handler(BaseHTTPRequestHandler):
             return self.validate(json.loads(body)["content"])
         may_write = self.headers.get("Authorization") == f"Bearer {TOKEN}" and not hub.refuses_writes
         reads = "/paths-info/" in path
-        if (self.command == "POST" and not reads or path.endswith("/auth-check/write")) and not may_write:
+        if ((self.command == "POST" and not reads) or path.endswith("/auth-check/write")) and not may_write:
             return self.answer(
                 403 if hub.refuses_writes else 401, b"", {"X-Error-Message": "no write access"}
             )
