@@ -41,16 +41,17 @@ def name_of(row: Mapping[str, Any]) -> str:
 def learning_curves(names: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> str | None:
     """Loss, FVU and L0 of the SAEs `names` over tokens, as SVG; None where `rows` (of metrics.jsonl) tell of none."""
     of = {name: merged_rows(name, rows) for name in names}
-    panels = []
+    panels, any_dots = [], False
     for key, (title, heldout) in _PANELS.items():
         lines = [_thin(_points(of[name], key)) for name in names]
         dots = [_points(of[name], heldout) if heldout else [] for name in names]
         if any(lines):
             panels.append(_panel(len(panels), title, lines, dots))
+            any_dots |= any(dots)
     if not panels:
         return None
     drawn = [name for name in names if any(_points(of[name], key) for key in _PANELS)]
-    legend, height = _legend(drawn, {name: _colour(i) for i, name in enumerate(names)})
+    legend, height = _legend(drawn, {name: _colour(i) for i, name in enumerate(names)}, any_dots)
     width = _LEFT + 3 * (_WIDTH + _GAP)
     box = f'width="{width}" height="{height}" viewBox="0 0 {width} {height}"'
     return "\n".join(
@@ -140,7 +141,7 @@ def _decades(low: float, high: float) -> tuple[list[float], tuple[float, float]]
     return [10.0**i for i in range(first, last + 1, step)], (first, last)
 
 
-def _legend(names: Sequence[str], colours: Mapping[str, str]) -> tuple[list[str], int]:
+def _legend(names: Sequence[str], colours: Mapping[str, str], any_dots: bool) -> tuple[list[str], int]:
     """Names below the panels, in two columns, and the height of the picture."""
     top = _TOP + _HEIGHT + _BELOW + 20
     parts = []
@@ -150,8 +151,9 @@ def _legend(names: Sequence[str], colours: Mapping[str, str]) -> tuple[list[str]
         parts.append(f'<path d="M{x} {y - 4}h20" stroke="{colours[name]}" stroke-width="3"/>')
         parts.append(f'<text x="{x + 28}" y="{y}">{escape(short)}</text>')
     bottom = top + math.ceil(min(len(names), _MOST_NAMED) / 2) * _LINE
-    more = f"and {len(names) - _MOST_NAMED} more; " if len(names) > _MOST_NAMED else ""
-    parts.append(f'<text x="{_LEFT}" y="{bottom}">{more}points: on held-out documents</text>')
+    notes = [f"and {len(names) - _MOST_NAMED} more"] if len(names) > _MOST_NAMED else []
+    notes += ["points: on held-out documents"] if any_dots else []
+    parts.append(f'<text x="{_LEFT}" y="{bottom}">{"; ".join(notes)}</text>')
     return parts, bottom + _LINE
 
 

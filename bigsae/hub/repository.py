@@ -115,6 +115,10 @@ def hub_errors(what: str) -> Iterator[None]:
         raise
     except (HTTPError, EntryNotFoundError, ConnectionError, TimeoutError, RuntimeError) as error:
         raise _for_users(what, error) from None
+    except ValueError as error:  # how huggingface_hub tells of a card whose values the Hub does not know
+        if not isinstance(error.__cause__, HfHubHTTPError):
+            raise
+        raise UserError(f"{what}: {' '.join(str(error).split())}") from None
 
 
 def _for_users(what: str, error: Exception) -> UserError:

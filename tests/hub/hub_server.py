@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
 import yaml
 
@@ -92,7 +92,7 @@ class _Handler(BaseHTTPRequestHandler):
         if hub.down:
             return self.answer(503, b"", {"X-Error-Message": "maintenance"})
         if path == "/api/validate-yaml":
-            return self.validate(json.loads(body)["content"])
+            return self.validate(**json.loads(body))
         may_write = self.headers.get("Authorization") == f"Bearer {TOKEN}" and not hub.refuses_writes
         reads = "/paths-info/" in path
         if ((self.command == "POST" and not reads) or path.endswith("/auth-check/write")) and not may_write:
@@ -135,9 +135,10 @@ class _Handler(BaseHTTPRequestHandler):
         self.hub.repositories[repo_id] = repository
         return self.answer(200, url)
 
-    def validate(self, content: str) -> None:
+    def validate(self, content: str, repoType: str) -> None:
         head = yaml.safe_load(content.split("---\n")[1])
-        wrong = [key for key in ("library_name", "license") if not isinstance(head.get(key), str)]
+        keys = ("library_name", "license") if repoType == "model" else ()
+        wrong = [key for key in keys if not isinstance(head.get(key), str) or head[key] == "no-such"]
         self.answer(
             200 if not wrong else 400, {"errors": [{"message": key} for key in wrong], "warnings": []}
         )
@@ -186,9 +187,11 @@ class _Handler(BaseHTTPRequestHandler):
             }
             return self.answer(200, facts)
         if what == "tree":
-            return self.answer(200, [self.entry(name, content) for name, content in files.items()])
+            return self.tree(
+                files, "/".join(parts[4:]), "recursive=true" in urlsplit(self.path).query.lower()
+            )
         if what == "paths-info":
-            asked = json.loads(body)["paths"]
+            asked = parse_qs(body.decode())["paths"]
             return self.answer(200, [self.entry(name, files[name]) for name in asked if name in files])
         if what == "preupload":
             return self.preupload(files, json.loads(body)["files"])
@@ -199,6 +202,21 @@ class _Handler(BaseHTTPRequestHandler):
         repository = self.hub.repositories.get(repo_id)
         hidden = repository is not None and repository.private
         return None if hidden and self.headers.get("Authorization") != f"Bearer {TOKEN}" else repository
+
+    def tree(self, files: dict[str, bytes], folder: str, recursive: bool) -> None:
+        below = {
+            name: content
+            for name, content in files.items()
+            if f"/{name}".startswith(f"/{folder}".rstrip("/") + "/")
+        }
+        if not below and folder:
+            return self.answer(404, b"", {"X-Error-Code": "EntryNotFound"})
+        depth = len(folder.split("/")) + 1 if folder else 1
+        direct = {name: content for name, content in below.items() if recursive or name.count("/") < depth}
+        folders = {"/".join(name.split("/")[:depth]): None for name in below if name not in direct}
+        oid = hashlib.sha1(folder.encode()).hexdigest()
+        entries = [{"type": "directory", "path": name, "oid": oid} for name in folders]
+        return self.answer(200, entries + [self.entry(name, content) for name, content in direct.items()])
 
     def entry(self, name: str, content: bytes) -> dict[str, Any]:
         oid = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()

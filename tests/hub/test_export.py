@@ -314,6 +314,7 @@ def test_an_upload_that_fails_leaves_nothing_to_see_and_is_not_begun_anew(hub: H
         ({"push_to_hub": "a/b/c"}, "--push-to-hub a/b/c"),
         ({"push_to_hub": "user/na me"}, "--push-to-hub user/na me"),
         ({"private": True}, "exists and is public"),
+        ({"license": "no-such"}, "Invalid metadata in README.md. - license"),
         ({"push_to_hub": "others/name"}, "--push-to-hub others/name: the Hub refuses (HTTP 403"),
         ({"format": "dictionary_learning", "run": "transcoder"}, "no transcoders"),
         ({"format": "saelens", "run": "transcoder"}, 'save it with format="sparsify"'),
