@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 from collections.abc import Iterator, Sequence
@@ -115,6 +116,10 @@ def hub_errors(what: str) -> Iterator[None]:
         raise
     except (HTTPError, EntryNotFoundError, ConnectionError, TimeoutError, RuntimeError) as error:
         raise _for_users(what, error) from None
+    except json.JSONDecodeError:  # from huggingface_hub's reading of an error's page
+        raise HubDown(
+            f"{what}: the Hub does not work now (its answer is not JSON): try again later"
+        ) from None
     except ValueError as error:  # how huggingface_hub tells of a card whose values the Hub does not know
         if not isinstance(error.__cause__, HfHubHTTPError):
             raise

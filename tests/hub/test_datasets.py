@@ -192,7 +192,7 @@ def test_an_upload_that_broke_off_is_finished_by_running_again(
 
     with monkeypatch.context() as patch:
         patch.setattr(HfApi, "upload_folder", cut_off)
-        with pytest.raises(HubDown, match=r"HTTP 503.*" + again):
+        with pytest.raises(HubDown, match="the Hub does not work now.*" + again):
             make(home, out, resume=True)
     data = [name for name in files_of(hub) if name.endswith((".safetensors", ".parquet"))]
     assert len(data) > 2 and set(files_of(hub)) == {".gitattributes", *data}
