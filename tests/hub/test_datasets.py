@@ -45,7 +45,8 @@ def make_cache(home: Path, out: Path, **options: Any) -> object:
 
 
 def make_rows(home: Path, out: Path, **options: Any) -> object:
-    return pretokenize_dataset(configured(home, out, **({"push_to_hub": NAME} | options)))
+    values: dict[str, Any] = {"push_to_hub": NAME} | options
+    return pretokenize_dataset(configured(home, out, **values))
 
 
 BOTH = pytest.mark.parametrize("make", [make_cache, make_rows])
@@ -212,14 +213,25 @@ def test_finished_data_are_not_mixed_with_others_of_the_same_names(make: Make, h
     make(home, tmp_path / "first")
     make(home, tmp_path / "second", seed=7, push_to_hub=None)
     before = files_of(hub)
-    assert before.keys() >= {
-        name for name in local_files(tmp_path / "second") if name.endswith("0000.safetensors")
-    }
+    assert len(before.keys() & local_files(tmp_path / "second").keys()) > 3
     with pytest.raises(UserError, match=r"someone/data holds other data .*name an empty repository"):
         make(home, tmp_path / "second", seed=7, resume=True)
     assert files_of(hub) == before
     make(home, tmp_path / "second", seed=7, resume=True, push_to_hub="someone/other")
     assert files_of(hub, "someone/other").keys() == before.keys()
+
+
+@BOTH
+def test_what_names_the_others_must_be_the_same_to_the_letter(make: Make, hub: Hub, home, tmp_path):
+    """Of the other files the size is compared; this one tells of what is in them."""
+    make(home, tmp_path / "out")
+    files = dict(files_of(hub))
+    (about,) = (name for name in files if name.endswith(".json"))
+    files[about] = files[about].replace(b"0", b"1")
+    hub.repositories[f"datasets/{NAME}"].commit("another", files)
+    with pytest.raises(UserError, match=rf"someone/data holds other data \({about}\)"):
+        make(home, tmp_path / "out", resume=True)
+    assert files_of(hub) == files
 
 
 def two_ranks(home: str, out: str) -> str:
