@@ -16,7 +16,13 @@ _MOST_CODES = 5  # of 9,216; 1 was seen
 
 def described(trainer: SAETrainer) -> dict[str, Any]:
     """Everything about a finished training that must not depend on ranks and mesh."""
-    return {"metrics": trainer.read_metrics()} | state(trainer)
+    exported, others = trainer.export(), (trainer.folded(), trainer.frequencies())
+    assert (exported is None) == (trainer.mesh.rank > 0)
+    sae, frequencies = exported or others
+    return {
+        "metrics": trainer.read_metrics(),
+        "exported": sae.state_dict() | {"frequencies": frequencies},
+    } | state(trainer)
 
 
 def state(trainer: SAETrainer) -> dict[str, Any]:
@@ -63,6 +69,9 @@ def _of_all_rows(trainer: SAETrainer, name: str, tensor: Tensor) -> Tensor:
 def assert_same(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
     """`described`, of two trainings whose sums were rounded in another order."""
     assert_same_state(ours, theirs)
+    assert ours["exported"].keys() == theirs["exported"].keys()
+    for name, tensor in ours["exported"].items():
+        torch.testing.assert_close(tensor, theirs["exported"][name], rtol=0, atol=1e-5, msg=name)
     assert ours["metrics"] == pytest.approx(theirs["metrics"], rel=1e-5)
 
 
