@@ -40,7 +40,7 @@ class CacheConfig:
     push_to_hub: str | None = None
     """Upload the finished cache to this dataset repository, user/name. With --resume also one made before."""
     private: bool = False
-    """Make that repository a private one, where it is new."""
+    """Make that repository private; one that is there and public is refused."""
     lm: LMConfig = field(default_factory=LMConfig)
     data: DataConfig = field(default_factory=DataConfig)
 

@@ -31,7 +31,9 @@ from bigsae.config import UserError
 from bigsae.data import tokens
 from bigsae.data.cache_index import HELDOUT, INDEX, Index, to_json, with_shards
 from bigsae.data.text import open_text
+from bigsae.hub.dataset_repository import FLAG, open_dataset_repository
 from bigsae.hub.files import write_json
+from bigsae.hub.repository import check_repo_id
 from bigsae.lm.activations import Extractor
 from bigsae.lm.hookpoints import locate, resolve_hookpoints
 from bigsae.lm.loading import download_lm, load_lm, meta_model, process_groups, resolve_layout
@@ -67,13 +69,15 @@ def write_activations(config: CacheConfig) -> Path:
             datasets.disable_progress_bars()
             disable_progress_bar()
         check_options(config)
+        if config.push_to_hub:
+            check_repo_id(config.push_to_hub, FLAG)
         check(config.as_run(mesh.num_ranks), mesh.num_ranks)
         if (folder / INDEX).exists():
             check_same(config, folder)
             logger.info("%s is finished: nothing to write", folder)
         else:
             _Writing(config, mesh, stop).run()
-    if config.push_to_hub and mesh.is_main:  # the other ranks need not wait
+    if config.push_to_hub and mesh.is_main:  # the other ranks are done, and need not wait for hours
         push_cache(folder, config.push_to_hub, private=config.private)
     return folder
 
@@ -121,6 +125,9 @@ class _Writing:
             rows.begin()
             heldout = text.heldout(config.seed, config.heldout_rows, mesh.num_ranks, "--heldout-rows")
         try:
+            with setup.errors_shared(mesh):
+                if config.push_to_hub and mesh.is_main:
+                    open_dataset_repository(config.push_to_hub, config.private)
             with first_on_node(mesh):
                 download_lm(config.model, config.lm, meta)
             model = load_lm(config.model, config.lm, meta, layout, mesh.device, sites)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCardData
 
 from bigsae.config import TrainConfig
+from bigsae.hub.curves import merged_rows, name_of
 from bigsae.hub.formats import Format
+from bigsae.hub.names import is_hub_name, shown
 from bigsae.sae.base import SAE
 
 # What of a row of metrics.jsonl is shown, where it has it.
@@ -75,11 +76,13 @@ def model_card(
     base_model: str,
     dataset: str,
     license: str,
+    picture: str | None = None,
 ) -> str:
     """README.md of the repository, or folder, `source` with the SAEs `entries`.
 
     `config` and `rows` (of metrics.jsonl) are those of their run, where there is one. `base_model` and `dataset` count
-    as the Hub's where they are no folders here and look like its names.
+    as the Hub's where they are no folders here and look like its names; of others the path is not told. `picture` is
+    the file beside it that shows the learning curves.
     """
     formats: list[Format] = list(dict.fromkeys(e.format for e in entries))
     library: Format = "saelens" if "saelens" in formats else formats[0]
@@ -94,7 +97,7 @@ def model_card(
     parts = [
         f"---\n{data.to_yaml()}\n---\n",
         f"# {title}",
-        f"Sparse autoencoders of activations of {_named(base_model)}, trained on {_named(dataset)} with bigsae.",
+        f"Sparse autoencoders of activations of {shown(base_model)}, trained on {shown(dataset)} with bigsae.",
         _table(
             ("folder", "what", "d_in x d_sae", "hookpoint", "trained tokens"),
             [
@@ -107,7 +110,7 @@ def model_card(
     ]
     if rows:
         parts += ["## Metrics", _metrics(entries, rows), _MEANINGS]
-        parts += ["## Learning curves", _curves(entries, rows)]
+        parts += ["## Learning curves", *_picture(picture), _curves(entries, rows)]
     if config is not None:
         parts += ["## Training", _training(config)]
     return "\n\n".join(parts) + "\n"
@@ -118,23 +121,6 @@ _MEANINGS = (
     "token. dead: share of latents that have not fired for long. The last row that was logged; held-out: on documents "
     "that were never trained on. Learning curves of all rows are in `metrics.jsonl`."
 )
-
-
-def is_hub_name(name: str) -> bool:
-    """Whether `name` is one of the Hub, and no folder or file here."""
-    return (
-        bool(name)
-        and not Path(name).exists()
-        and name.count("/") <= 1
-        and not name.startswith((".", "/", "~"))
-    )
-
-
-def _named(name: str) -> str:
-    """A link to what the Hub has; of what lies here the last part of its path."""
-    if not name:
-        return "an unnamed source"
-    return f"`{name}`" if is_hub_name(name) else f"`{Path(name).name}`, a folder of the author's"
 
 
 def _loading(source: str, on_hub: bool, example: Entry) -> str:
@@ -162,15 +148,11 @@ def _loading(source: str, on_hub: bool, example: Entry) -> str:
     return "\n".join(text)
 
 
-def _name_of(row: Mapping[str, Any]) -> str:
-    return f"{row['hookpoint']}/{row['variant']}" if row.get("variant") else str(row.get("hookpoint"))
-
-
 def _metrics(entries: Sequence[Entry], rows: Sequence[Mapping[str, Any]]) -> str:
     latest: dict[str, dict[str, Any]] = {e.name: {} for e in entries}
     for row in rows:
-        if _name_of(row) in latest:
-            latest[_name_of(row)].update({k: v for k, v in row.items() if k in _MEASURES})
+        if name_of(row) in latest:
+            latest[name_of(row)].update({k: v for k, v in row.items() if k in _MEASURES})
     shown = [key for key in _MEASURES if any(key in values for values in latest.values())]
     return _table(
         ("", *(_MEASURES[key] for key in shown)),
@@ -178,15 +160,15 @@ def _metrics(entries: Sequence[Entry], rows: Sequence[Mapping[str, Any]]) -> str
     )
 
 
+def _picture(name: str | None) -> list[str]:
+    return [] if name is None else [f"![Loss, FVU and L0 over tokens]({name})"]
+
+
 def _curves(entries: Sequence[Entry], rows: Sequence[Mapping[str, Any]]) -> str:
     parts = []
     for e in entries[:_MOST_CURVES]:
-        by_step: dict[int, dict[str, Any]] = {}
-        for row in rows:
-            if _name_of(row) == e.name:
-                by_step.setdefault(row["step"], {}).update(row)
         # Steps at which only held-out documents were measured show nothing of training.
-        own = [values for _, values in sorted(by_step.items()) if "fvu" in values]
+        own = [values for values in merged_rows(e.name, rows) if "fvu" in values]
         if not own:
             continue
         last = len(own) - 1

@@ -3,6 +3,7 @@
 README.md                       the model card
 <hookpoint>/…                   each SAE, in a sweep <hookpoint>/<variant>/
 config.json  metrics.jsonl      of the run, where there is one
+curves.svg                      its learning curves
 """
 
 from __future__ import annotations
@@ -15,12 +16,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file
 from torch import Tensor
 
 from bigsae.config import TrainConfig, UserError
 from bigsae.configfile import to_dict
 from bigsae.hub.card import Entry, entry, model_card
+from bigsae.hub.curves import learning_curves
 from bigsae.hub.files import write_atomic, write_json
 from bigsae.hub.formats import FILES, SPARSITY, Format, default_format, read_sae, save_sae
 from bigsae.hub.load import check_inside
@@ -28,10 +29,11 @@ from bigsae.hub.options import ExportConfig
 from bigsae.hub.repository import commit_folder, open_repository
 from bigsae.hub.runs import find_saes, read_rows, run_config
 from bigsae.hub.secrets import without_secrets
+from bigsae.hub.weights import read_safetensors
 from bigsae.progress import Progress
 from bigsae.sae.base import SAE
 
-_CARD = "README.md"
+_CARD, _CURVES = "README.md", "curves.svg"
 
 
 def export_run(config: ExportConfig) -> str:
@@ -100,6 +102,9 @@ def _publish(
         if rows:
             lines = "".join(json.dumps(without_secrets(row)) + "\n" for row in rows)
             write_atomic(folder / "metrics.jsonl", lambda path: path.write_text(lines))
+        curves = learning_curves([e.name for e in entries], rows)
+        if curves is not None:
+            write_atomic(folder / _CURVES, lambda path: path.write_text(without_secrets(curves)))
         origin = entries[0].metadata
         card = model_card(
             repo_id or str(config.output),
@@ -110,6 +115,7 @@ def _publish(
             str(config.base_model or (trained.model if trained else origin.get("model_name")) or ""),
             str(config.dataset or (trained.dataset if trained else origin.get("dataset_path")) or ""),
             config.license,
+            _CURVES if curves is not None else None,
         )
         write_atomic(folder / _CARD, lambda path: path.write_text(without_secrets(card)))
         if repo_id is None:
@@ -154,5 +160,5 @@ def _read(run: Path, name: str) -> tuple[SAE, Tensor | None]:
     sae = read_sae(folder)
     if not (folder / SPARSITY).exists():
         return sae, None
-    sparsity = load_file(folder / SPARSITY).get("sparsity")
+    sparsity = read_safetensors(folder / SPARSITY).get("sparsity")
     return sae, sparsity if sparsity is not None and sparsity.shape == (sae.d_sae,) else None

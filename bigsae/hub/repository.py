@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Literal
 
 from huggingface_hub import (
     CommitOperationAdd,
@@ -50,8 +52,10 @@ def check_repo_id(repo_id: str, flag: str) -> None:
         raise UserError(f"{flag} {repo_id}: write it as user/name")
 
 
-def open_repository(repo_id: str, private: bool, flag: str) -> None:
-    """Make the model repository `repo_id` where there is none. Raises UserError where it cannot be written to.
+def open_repository(
+    repo_id: str, private: bool, flag: str, repo_type: Literal["model", "dataset"] = "model"
+) -> None:
+    """Make the repository `repo_id` where there is none. Raises UserError where it cannot be written to.
 
     One that is there keeps its visibility: a UserError where `private` is asked for and it is not.
     """
@@ -60,8 +64,10 @@ def open_repository(repo_id: str, private: bool, flag: str) -> None:
         if get_token() is None:
             raise UserError(f"{flag} {repo_id} needs an access token: set HF_TOKEN, or run `hf auth login`")
         api = HfApi()
-        api.create_repo(repo_id, private=private, exist_ok=True)
-        if private and not api.model_info(repo_id).private:
+        api.create_repo(repo_id, repo_type=repo_type, private=private, exist_ok=True)
+        # Which takes one that is there for made, also where others alone may write to it.
+        api.auth_check(repo_id, repo_type=repo_type, write=True)
+        if private and not api.repo_info(repo_id, repo_type=repo_type).private:
             raise UserError(
                 f"{flag} {repo_id} exists and is public: make it private in its settings, name another, or leave out "
                 "private"
@@ -108,8 +114,16 @@ def hub_errors(what: str) -> Iterator[None]:
         yield
     except UserError:
         raise
-    except (HTTPError, EntryNotFoundError, OfflineModeIsEnabled, RuntimeError) as error:
+    except (HTTPError, EntryNotFoundError, ConnectionError, TimeoutError, RuntimeError) as error:
         raise _for_users(what, error) from None
+    except json.JSONDecodeError:  # from huggingface_hub's reading of an error's page
+        raise HubDown(
+            f"{what}: the Hub does not work now (its answer is not JSON): try again later"
+        ) from None
+    except ValueError as error:  # how huggingface_hub tells of a card whose values the Hub does not know
+        if not isinstance(error.__cause__, HfHubHTTPError):
+            raise
+        raise UserError(f"{what}: {' '.join(str(error).split())}") from None
 
 
 def _for_users(what: str, error: Exception) -> UserError:
@@ -131,7 +145,7 @@ def _for_users(what: str, error: Exception) -> UserError:
         if code >= 500 or code == _TOO_MANY_REQUESTS:
             return HubDown(f"{what}: the Hub does not work now ({_status(error)}): try again later")
         return UserError(f"{what}: the Hub refuses ({_status(error)})")
-    if isinstance(error, HTTPError):
+    if isinstance(error, (HTTPError, ConnectionError, TimeoutError)):
         return HubDown(f"{what}: the Hub cannot be reached ({type(error).__name__}): try again later")
     if isinstance(
         error, RuntimeError

@@ -22,7 +22,7 @@ _MADE, _WHOLE = "made.json", "whole"
 
 
 def open_folder(out: Path, made: dict[str, Any], resume: bool) -> Path | None:
-    """The folder to work in, made or found; None where `out` is whole already.
+    """The folder to work in, where work then begins or goes on; None where `out` is whole already.
 
     `made` is what decides the outcome. Raises UserError where `out` cannot be used, or was made otherwise.
     """
@@ -50,9 +50,14 @@ def open_folder(out: Path, made: dict[str, Any], resume: bool) -> Path | None:
         raise UserError(
             f"--output-dir {out} holds {min(present - {_WORK})} and no tokens: choose an empty folder, or a new one"
         )
-    with disk_errors(out):
-        write_json(work / _MADE, made)
     return work
+
+
+def begin(work: Path, made: dict[str, Any]) -> None:
+    """From here on another call goes on with what this one began. Raises UserError."""
+    if not (work / _MADE).is_file():
+        with disk_errors(work.parent):
+            write_json(work / _MADE, made)
 
 
 def _check_same(out: Path, before: dict[str, Any], now: dict[str, Any]) -> None:

@@ -72,7 +72,7 @@ class PretokenizeConfig:
     push_to_hub: str | None = None
     """Repository of datasets on the Hub, user/name, to upload the folder to when it is whole."""
     private: bool = False
-    """Make that repository a private one, where it is new."""
+    """Make that repository private; one that is there and public is refused."""
     revision: str | None = None
     """Branch, tag or commit of the model on the Hub."""
     trust_remote_code: bool = False

@@ -1,60 +1,45 @@
-"""A whole folder of tokens to the Hub."""
+"""A whole folder of tokens to the Hub, and its dataset card."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-from huggingface_hub import HfApi
-from huggingface_hub.errors import HFValidationError, HTTPError, OfflineModeIsEnabled
+from bigsae.data.origin import ORIGIN_FILE
+from bigsae.hub.dataset_repository import push_dataset
+from bigsae.hub.names import shown
+from bigsae.hub.secrets import without_secrets
 
-from bigsae.config import UserError
+CARD = "README.md"
 
 
-def check_repository(repository: str, private: bool) -> None:
-    """Make the repository where it is new: what forbids an upload is known before hours of work.
+def push(folder: Path, repository: str, private: bool) -> str:
+    """Upload `folder` to the dataset `repository`, user/name; its address. Raises UserError.
 
-    Raises UserError where that fails.
+    Files that are there already are not sent again, so the same call goes on with an upload that broke off.
     """
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repository):
-        raise UserError(f"--push-to-hub {repository}: give it as user/name")
-    with _hub_errors(repository):
-        HfApi().create_repo(repository, repo_type="dataset", private=private, exist_ok=True)
+    return push_dataset(folder, repository, private, ("data/*.parquet",), (ORIGIN_FILE, CARD), "Token rows")
 
 
-def push(folder: Path, repository: str) -> str:
-    """Upload `folder`; its address. An upload that breaks off goes on where it was, when it is asked for again.
+def card(origin: dict[str, Any]) -> str:
+    """README.md of the folder, for the sae_lens.json that holds `origin`."""
+    counts = origin["bigsae"]["counts"]
+    text = f"""---
+configs:
+- config_name: default
+  data_files:
+  - split: train
+    path: data/train-*
+tags:
+- bigsae
+- saelens
+- pretokenized
+---
 
-    Raises UserError where that fails, or where the repository holds other data, which readers would mix with these.
-    """
-    ours = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
-    with _hub_errors(repository):
-        api = HfApi()
-        there = api.list_repo_files(repository, repo_type="dataset")
-        others = sorted(name for name in there if name.endswith((".parquet", ".jsonl")) and name not in ours)
-        if others:
-            raise UserError(
-                f"--push-to-hub {repository} holds other data ({others[0]}), which readers would mix with these rows: "
-                "choose a new repository"
-            )
-        api.upload_folder(
-            repo_id=repository,
-            folder_path=folder,
-            repo_type="dataset",
-            commit_message="Token rows",
-            ignore_patterns=[".*"],
-        )
-    return f"{api.endpoint}/datasets/{repository}"
+# Rows of tokens
 
-
-@contextmanager
-def _hub_errors(repository: str) -> Iterator[None]:
-    try:
-        yield
-    except (HTTPError, HFValidationError, OfflineModeIsEnabled, OSError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(
-            f"--push-to-hub {repository}: {reason}: mend that, then go on with --resume"
-        ) from error
+{counts["num_rows"]:,} rows of {origin["context_size"]} token ids (column `input_ids`), made by `bigsae.pretokenize`
+from {counts["num_documents"]:,} documents of {shown(origin["original_dataset"])}
+with the tokenizer of {shown(origin["tokenizer_name"])}. How, stands in `{ORIGIN_FILE}`.
+"""
+    return without_secrets(text)

@@ -19,10 +19,12 @@ from bigsae.data.origin import ORIGIN_FILE, tokenizer_fingerprint
 from bigsae.data.packing import Layout
 from bigsae.data.sources import MapSource
 from bigsae.data.tokenizer import load_tokenizer
+from bigsae.hub.dataset_repository import FLAG, open_dataset_repository
 from bigsae.hub.files import write_atomic, write_json
+from bigsae.hub.repository import check_repo_id
 from bigsae.pretokenizing import files, folder
 from bigsae.pretokenizing.options import PretokenizeConfig
-from bigsae.pretokenizing.push import check_repository, push
+from bigsae.pretokenizing.push import CARD, card, push
 from bigsae.pretokenizing.special import layout_of, resolve_special
 from bigsae.pretokenizing.spool import Spool, Tell, fill
 from bigsae.pretokenizing.workers import Workers, alone_in
@@ -62,13 +64,14 @@ def pretokenize_dataset(config: PretokenizeConfig) -> Pretokenized:
     layout = layout_of(config, tokenizer)
     made = config.deciding() | source.identity(config.as_data())
     made |= {"tokenizer": tokenizer_fingerprint(tokenizer)}
-    if config.push_to_hub is not None:
-        check_repository(config.push_to_hub, config.private)
     out = Path(config.output_dir).expanduser()
     work = folder.open_folder(out, made, config.resume)
     if work is None:
         logger.info("%s is whole already", out)
     else:
+        if config.push_to_hub is not None:
+            open_dataset_repository(config.push_to_hub, config.private)
+        folder.begin(work, made)
         total = len(source.dataset) if isinstance(source, MapSource) else None
         with folder.disk_errors(out), alone_in(work):
             if not folder.is_written(work):
@@ -78,7 +81,7 @@ def pretokenize_dataset(config: PretokenizeConfig) -> Pretokenized:
     done = Pretokenized(output_dir=str(out), **counts)
     _announce(done, layout)
     if config.push_to_hub is not None:
-        logger.info("pushed to %s", push(out, config.push_to_hub))
+        logger.info("pushed to %s", push(out, config.push_to_hub, config.private))
     return done
 
 
@@ -96,6 +99,10 @@ def _check(config: PretokenizeConfig) -> None:
             f"--tokens-per-file {config.tokens_per_file} must be between --ctx-len {config.ctx_len} and "
             f"{_MOST_TOKENS_PER_FILE}"
         )
+    if config.private and config.push_to_hub is None:
+        raise UserError("--private does nothing without --push-to-hub: set it")
+    if config.push_to_hub is not None:
+        check_repo_id(config.push_to_hub, FLAG)
     if config.push_to_hub is not None and config.format != "parquet":
         raise UserError("--push-to-hub needs --format parquet, which the Hub can show and stream")
 
@@ -236,29 +243,7 @@ def _write_origin(
     }
     write_json(to / ORIGIN_FILE, origin)
     if config.format == "parquet":
-        write_atomic(to / "README.md", lambda p: p.write_text(_card(origin), encoding="utf-8"))
-
-
-def _card(origin: dict[str, Any]) -> str:
-    counts = origin["bigsae"]["counts"]
-    return f"""---
-configs:
-- config_name: default
-  data_files:
-  - split: train
-    path: data/train-*
-tags:
-- bigsae
-- saelens
-- pretokenized
----
-
-# Rows of tokens
-
-{counts["num_rows"]:,} rows of {origin["context_size"]} token ids (column `input_ids`), made by `bigsae.pretokenize`
-from {counts["num_documents"]:,} documents of `{origin["original_dataset"]}` with the tokenizer of
-`{origin["tokenizer_name"]}`. How, stands in `{ORIGIN_FILE}`.
-"""
+        write_atomic(to / CARD, lambda p: p.write_text(card(origin), encoding="utf-8"))
 
 
 def _no_row(config: PretokenizeConfig, spools: list[Spool]) -> UserError:

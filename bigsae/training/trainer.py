@@ -16,6 +16,7 @@ from bigsae.checks import (
     resolve_threshold_lr,
 )
 from bigsae.config import OptimConfig, SAEConfig
+from bigsae.kernels.sparse_grad import gradient_dtype
 from bigsae.parallel import collectives
 from bigsae.parallel.latents import latents_of
 from bigsae.parallel.memory import SPARSE_BELOW
@@ -291,7 +292,7 @@ class SAETrainer:
         if self.optim.accumulation_steps > 1:
             for name, parameter in self.sae.named_parameters():
                 if parameter.grad is None:
-                    parameter.grad = torch.zeros_like(parameter)
+                    parameter.grad = torch.zeros_like(parameter, dtype=gradient_dtype(parameter))
                 named[f"grad/{name}"] = parameter.grad
         return named
 

@@ -15,12 +15,11 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import bigsae
-from bigsae.parallel import collectives
 from bigsae.training.run import run_training
 from bigsae.training.state import Run
 from bigsae.training.trainer import SAETrainer
 from tests.distributed.ranks import run_ranks
-from tests.distributed.test_mesh import state
+from tests.distributed.states import assert_close, assert_read_back, state, waiting
 from tests.launch import metrics
 
 VOCABULARY, CTX_LEN, BATCH, CUT = 4096, 16, 96, 15
@@ -78,7 +77,7 @@ def train(config: bigsae.TrainConfig) -> dict[str, Any]:
 
     def recorded(self: SAETrainer, x: Tensor, y: Tensor | None = None) -> None:
         if not began:
-            began.update(state_of(self))
+            began.update(state=state(self), waiting=waiting(self))
         if self.mesh.latent_rank == 0:
             seen.append(x.clone())
         plain(self, x, y)
@@ -103,20 +102,6 @@ def train(config: bigsae.TrainConfig) -> dict[str, Any]:
 def rest(run: Run) -> list[Tensor]:
     """The rows that this rank has not harvested."""
     return [torch.empty(0, dtype=torch.int64), *run.rows]
-
-
-def state_of(trainer: SAETrainer) -> dict[str, Any]:
-    metrics = trainer.window.read(trainer.mesh.data, trainer.mesh.latent) if trainer.step else {}
-    return {"step": trainer.step, "gathered": gradients(trainer), "metrics": metrics} | state(trainer)
-
-
-def gradients(trainer: SAETrainer) -> dict[str, Tensor]:
-    """Those that wait for an update, of all ranks and latents."""
-    found = {}
-    for name, parameter in trainer.sae.named_parameters():
-        gathered = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.clone()
-        found[name] = trainer._whole(name, collectives.sum_(gathered, trainer.mesh.data))
-    return found
 
 
 MESHES = {"1 x 2": (2, 2), "1 x 1": (1, 1), "2 x 2": (4, 2), "1 x 3": (3, 3)}
@@ -172,21 +157,10 @@ def test_a_run_goes_on_on_another_mesh(home, straight, as_written, tmp_path, mes
     )
     assert Counter(tokens) == Counter(range(VOCABULARY))
     for result in results:
-        assert_same_state(result["began"], as_written)
+        assert_read_back(result["began"]["state"], as_written["state"])
+        assert_close(result["began"]["waiting"], as_written["waiting"])
     if num_ranks == 2:
         ours, theirs = metrics(out), metrics(home / "straight")
         for mine, straights in zip(ours, theirs, strict=True):
             assert mine.pop("hookpoint") == straights.pop("hookpoint")
             assert mine == pytest.approx(straights, rel=1e-5)
-
-
-def assert_same_state(ours: Any, theirs: Any) -> None:
-    if isinstance(ours, dict):
-        assert ours.keys() == theirs.keys()
-        for key in ours:
-            assert_same_state(ours[key], theirs[key])
-    elif isinstance(ours, Tensor):
-        # Sums over ranks may be rounded in another order; all else is as it was read.
-        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-9)
-    else:
-        assert ours == pytest.approx(theirs, rel=1e-12)

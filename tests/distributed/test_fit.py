@@ -11,6 +11,7 @@ from torch import Tensor
 from bigsae import OptimConfig, SAEConfig
 from bigsae.training.fit import fit_trainer
 from tests.distributed.ranks import run_ranks
+from tests.distributed.states import assert_same, described
 
 D_IN, BATCH, STEPS = 24, 128, 20
 # Adam turns rounding into whole steps where a gradient's terms cancel (|g| near eps): weights agree to about lr / 300.
@@ -43,29 +44,7 @@ def transcoder_batches() -> list[tuple[Tensor, Tensor]]:
 def train(sae: SAEConfig, optim: OptimConfig = OPTIM, transcoder: bool = False) -> dict:
     """Everything about a finished training that must not depend on the number of ranks."""
     batches = transcoder_batches() if transcoder else make_batches()
-    trainer = fit_trainer(batches, sae, optim, seed=0, num_steps=None)
-    metrics = trainer.read_metrics()
-    return {
-        "weights": {name: t.detach() for name, t in trainer.sae.state_dict().items()},
-        "adam": {n: state["exp_avg"] for n, state in trainer.update.state().items()},
-        "scale": trainer.scale,
-        "num_tokens_since_fired": trainer.firing.num_tokens_since_fired,
-        "frequencies": trainer.firing.frequencies(),
-        "metrics": metrics,
-    }
-
-
-def assert_same(ours: dict, theirs: dict) -> None:
-    for name in ours["weights"]:
-        torch.testing.assert_close(
-            ours["weights"][name], theirs["weights"][name], rtol=0, atol=1e-6, msg=name
-        )
-    for name in ours["adam"]:
-        torch.testing.assert_close(ours["adam"][name], theirs["adam"][name], rtol=1e-4, atol=1e-6, msg=name)
-    assert ours["scale"] == pytest.approx(theirs["scale"], rel=1e-12)
-    assert torch.equal(ours["num_tokens_since_fired"], theirs["num_tokens_since_fired"])
-    assert torch.equal(ours["frequencies"], theirs["frequencies"])
-    assert ours["metrics"] == pytest.approx(theirs["metrics"], rel=1e-5)
+    return described(fit_trainer(batches, sae, optim, seed=0, num_steps=None))
 
 
 @pytest.mark.parametrize("num_ranks", [2, 4])

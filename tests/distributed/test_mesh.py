@@ -11,9 +11,9 @@ from torch import Tensor
 
 from bigsae import MeshConfig, OptimConfig, SAEConfig
 from bigsae.training.fit import fit_trainer
-from bigsae.training.trainer import SAETrainer
 from tests.distributed.ranks import run_ranks
-from tests.distributed.test_fit import BATCH, DEAD, FAR, assert_same, make_batches, transcoder_batches
+from tests.distributed.states import assert_same, described
+from tests.distributed.test_fit import BATCH, DEAD, FAR, make_batches, transcoder_batches
 from tests.distributed.test_fit import OPTIM as OPTIM_OF_FIT
 
 Case = tuple[SAEConfig, OptimConfig, bool]
@@ -63,35 +63,6 @@ ARCHITECTURES: dict[str, Case] = {
     "k over a rank's latents": (SAEConfig(k=50, d_sae=64, init_tokens=2 * BATCH), OPTIM, False),
 }
 TIED = ("topk", "batchtopk", "jumprelu")
-
-
-def described(trainer: SAETrainer) -> dict:
-    """Everything about a finished training that must not depend on the mesh, of all latents."""
-    return {"metrics": trainer.read_metrics()} | state(trainer)
-
-
-def state(trainer: SAETrainer) -> dict:
-    """Of all latents, what a training has come to."""
-    weights = {name: trainer._whole(name, t.detach()) for name, t in trainer.sae.state_dict().items()}
-    moments = {}
-    for name, state in trainer.update.state().items():
-        moments[name] = state["exp_avg"]
-        if trainer.update.sliced and name not in trainer.sae.shared:
-            moments[name] = torch.cat(gathered(moments[name], trainer.mesh.data))
-        moments[name] = trainer._whole(name, moments[name])
-    return {
-        "weights": weights,
-        "adam": moments,
-        "scale": trainer.scale,
-        "num_tokens_since_fired": trainer._whole("", trainer.firing.num_tokens_since_fired),
-        "frequencies": trainer.frequencies(),
-    }
-
-
-def gathered(tensor: Tensor, group) -> list[Tensor]:
-    parts = [torch.empty_like(tensor) for _ in range(torch.distributed.get_world_size(group))]
-    torch.distributed.all_gather(parts, tensor, group=group)
-    return parts
 
 
 def train(case: Case, mesh: MeshConfig | None, rounded: bool = False) -> dict:

@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from datasets import config as datasets_config
 from huggingface_hub import constants
 from huggingface_hub.utils import _http
 
@@ -33,6 +34,9 @@ def hub(tmp_path: Path, monkeypatch) -> Iterator[Hub]:
         monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
         monkeypatch.setattr(constants, "HF_HUB_CACHE", environment["HF_HUB_CACHE"])
         monkeypatch.setattr(constants, "HF_TOKEN_PATH", environment["HF_TOKEN_PATH"])
+        monkeypatch.setattr(datasets_config, "HF_ENDPOINT", server.endpoint)
+        monkeypatch.setattr(datasets_config, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(datasets_config, "HF_DATASETS_CACHE", tmp_path / "hf" / "datasets")
         # Its retries wait for seconds.
         unhurried = SimpleNamespace(time=time.time, monotonic=time.monotonic, sleep=lambda seconds: None)
         monkeypatch.setattr(_http, "time", unhurried)

@@ -1,4 +1,4 @@
-"""As much of the Hub as publishing and loading SAEs asks for: repositories with commits, LFS files, and bad days."""
+"""As much of the Hub as publishing and loading asks for: repositories with commits, LFS files, and bad days."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
 import yaml
 
 TOKEN = "hf_ThisIsTheTestsOwnSecret"
-_LFS = (".safetensors", ".pt")
+_LFS = (".safetensors", ".pt", ".parquet")
+_DATASETS = "datasets/"
 
 
 @dataclass
@@ -44,6 +45,7 @@ class Repository:
 class Hub:
     endpoint: str = ""
     repositories: dict[str, Repository] = field(default_factory=dict)
+    """By user/name, those of datasets by datasets/user/name."""
     objects: dict[str, bytes] = field(default_factory=dict)
     """What was uploaded whole, by its SHA-256."""
     requests: list[tuple[str, str]] = field(default_factory=list)
@@ -90,9 +92,10 @@ class _Handler(BaseHTTPRequestHandler):
         if hub.down:
             return self.answer(503, b"", {"X-Error-Message": "maintenance"})
         if path == "/api/validate-yaml":
-            return self.validate(json.loads(body)["content"])
+            return self.validate(**json.loads(body))
         may_write = self.headers.get("Authorization") == f"Bearer {TOKEN}" and not hub.refuses_writes
-        if self.command == "POST" and not may_write:
+        reads = "/paths-info/" in path
+        if ((self.command == "POST" and not reads) or path.endswith("/auth-check/write")) and not may_write:
             return self.answer(
                 403 if hub.refuses_writes else 401, b"", {"X-Error-Message": "no write access"}
             )
@@ -100,9 +103,11 @@ class _Handler(BaseHTTPRequestHandler):
             return self.create(json.loads(body))
         if path.endswith("/info/lfs/objects/batch"):
             return self.batch(json.loads(body))
-        if path.startswith("/api/models/"):
-            return self.api(path.removeprefix("/api/models/").split("/"), body)
-        return self.resolve(path.removeprefix("/").split("/", 4))
+        for kind, prefix in (("models", ""), ("datasets", _DATASETS)):
+            if path.startswith(f"/api/{kind}/"):
+                return self.api(prefix, path.removeprefix(f"/api/{kind}/").split("/"), body)
+        prefix = _DATASETS if path.startswith(f"/{_DATASETS}") else ""
+        return self.resolve(prefix, path.removeprefix(f"/{prefix}").split("/", 4))
 
     def answer(self, code: int, body: bytes | Any, headers: dict[str, str] | None = None) -> None:
         if not isinstance(body, bytes):
@@ -120,7 +125,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.connection.close()
 
     def create(self, asked: dict[str, Any]) -> None:
-        repo_id = f"{asked['organization']}/{asked['name']}"
+        prefix = _DATASETS if asked.get("type") == "dataset" else ""
+        repo_id = f"{prefix}{asked['organization']}/{asked['name']}"
         url = {"url": f"{self.hub.endpoint}/{repo_id}"}
         if repo_id in self.hub.repositories:
             return self.answer(409, url)
@@ -129,9 +135,10 @@ class _Handler(BaseHTTPRequestHandler):
         self.hub.repositories[repo_id] = repository
         return self.answer(200, url)
 
-    def validate(self, content: str) -> None:
+    def validate(self, content: str, repoType: str) -> None:
         head = yaml.safe_load(content.split("---\n")[1])
-        wrong = [key for key in ("library_name", "license") if not isinstance(head.get(key), str)]
+        keys = ("library_name", "license") if repoType == "model" else ()
+        wrong = [key for key in keys if not isinstance(head.get(key), str) or head[key] == "no-such"]
         self.answer(
             200 if not wrong else 400, {"errors": [{"message": key} for key in wrong], "warnings": []}
         )
@@ -158,11 +165,14 @@ class _Handler(BaseHTTPRequestHandler):
         hub.objects[oid] = content
         return self.answer(200, b"")
 
-    def api(self, parts: list[str], body: bytes) -> None:
-        repository = self.visible("/".join(parts[:2]))
+    def api(self, prefix: str, parts: list[str], body: bytes) -> None:
+        repo_id = prefix + "/".join(parts[:2])
+        repository = self.visible(repo_id)
         if repository is None:
             return self.answer(404, b"", {"X-Error-Code": "RepoNotFound"})
         what, revision = (*parts[2:4], "", "main")[:2]
+        if what == "auth-check":
+            return self.answer(200, b"")
         commit = repository.at(revision or "main")
         if commit is None:
             return self.answer(404, b"", {"X-Error-Code": "RevisionNotFound"})
@@ -177,16 +187,36 @@ class _Handler(BaseHTTPRequestHandler):
             }
             return self.answer(200, facts)
         if what == "tree":
-            return self.answer(200, [self.entry(name, content) for name, content in files.items()])
+            return self.tree(
+                files, "/".join(parts[4:]), "recursive=true" in urlsplit(self.path).query.lower()
+            )
+        if what == "paths-info":
+            asked = parse_qs(body.decode())["paths"]
+            return self.answer(200, [self.entry(name, files[name]) for name in asked if name in files])
         if what == "preupload":
             return self.preupload(files, json.loads(body)["files"])
         assert what == "commit" and revision == "main"
-        return self.commit(repository, "/".join(parts[:2]), [json.loads(line) for line in body.splitlines()])
+        return self.commit(repository, repo_id, [json.loads(line) for line in body.splitlines()])
 
     def visible(self, repo_id: str) -> Repository | None:
         repository = self.hub.repositories.get(repo_id)
         hidden = repository is not None and repository.private
         return None if hidden and self.headers.get("Authorization") != f"Bearer {TOKEN}" else repository
+
+    def tree(self, files: dict[str, bytes], folder: str, recursive: bool) -> None:
+        below = {
+            name: content
+            for name, content in files.items()
+            if f"/{name}".startswith(f"/{folder}".rstrip("/") + "/")
+        }
+        if not below and folder:
+            return self.answer(404, b"", {"X-Error-Code": "EntryNotFound"})
+        depth = len(folder.split("/")) + 1 if folder else 1
+        direct = {name: content for name, content in below.items() if recursive or name.count("/") < depth}
+        folders = {"/".join(name.split("/")[:depth]): None for name in below if name not in direct}
+        oid = hashlib.sha1(folder.encode()).hexdigest()
+        entries = [{"type": "directory", "path": name, "oid": oid} for name in folders]
+        return self.answer(200, entries + [self.entry(name, content) for name, content in direct.items()])
 
     def entry(self, name: str, content: bytes) -> dict[str, Any]:
         oid = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
@@ -230,9 +260,9 @@ class _Handler(BaseHTTPRequestHandler):
             200, {"commitUrl": f"{self.hub.endpoint}/{repo_id}/commit/{sha}", "commitOid": sha}
         )
 
-    def resolve(self, parts: list[str]) -> None:
+    def resolve(self, prefix: str, parts: list[str]) -> None:
         """user, name, "resolve", revision, path."""
-        repository = self.visible("/".join(parts[:2]))
+        repository = self.visible(prefix + "/".join(parts[:2]))
         if repository is None or len(parts) < 5:
             return self.answer(404, b"", {"X-Error-Code": "RepoNotFound"})
         commit = repository.at(parts[3])

@@ -61,6 +61,7 @@ def make_run(folder: Path, names: tuple[str, ...] = NAMES) -> Path:
             }
             rows.append(row | ({"variant": variant} if variant else {}))
     (folder / "config.json").write_text(json.dumps(to_dict(config)))
+    (folder / "status.json").write_text("{}")
     (folder / "metrics.jsonl").write_text(
         "".join(json.dumps(row) + "\n" for row in rows) + '{"step": 41, "to'
     )
@@ -85,7 +86,8 @@ def test_the_repository_holds_the_run_and_opens_everywhere(hub: Hub, run):
     assert address.endswith(repository.commits[-1][0]) and len(repository.commits) == 2
     expected = {f"{name}/{file}" for name in NAMES for file in ("cfg.json", "sae_weights.safetensors")}
     expected |= {f"{name}/sparsity.safetensors" for name in NAMES}
-    assert set(repository.files) == expected | {".gitattributes", "README.md", "config.json", "metrics.jsonl"}
+    expected |= {".gitattributes", "README.md", "config.json", "curves.svg", "metrics.jsonl"}
+    assert set(repository.files) == expected
     for name in NAMES:
         local = bigsae.load_sae(run / name)
         assert_computes(bigsae.load_sae("user/name", name), local, activations())
@@ -113,6 +115,7 @@ def test_the_card_says_what_there_is(hub: Hub, run):
     curve = text.split("<summary>model.layers.10/k_5</summary>")[1].split("</details>")[0]
     rows = [line.split(" | ") for line in curve.strip().splitlines()[2:]]
     assert len(rows) == 12 and rows[0][:2] == ["| 100", "2"] and rows[-1][:2] == ["| 4,000", "0.05"]
+    assert "](curves.svg)" in text and files["curves.svg"].count(b"<polyline") == 2 * len(NAMES)
     assert "`--optim.lr` | 0.001" in text
     assert read_config(run / "config.json") == from_dict(
         TrainConfig, json.loads(files["config.json"]), "pushed"
@@ -138,7 +141,9 @@ def test_the_code_on_the_card_runs(hub: Hub, run):
 def test_no_token_is_published_or_said(hub: Hub, run, capfd, caplog, monkeypatch):
     """Neither in the card nor in a configuration: not the one in use, nor one that got into the run."""
     config = json.loads((run / "config.json").read_text())
-    config["lm"]["kwargs"] = json.dumps({"token": TOKEN})
+    password = "never-to-be-seen"
+    proxies = {"https": f"http://me:{password}@proxy:3128"}
+    config["lm"]["kwargs"] = json.dumps({"token": TOKEN, "proxies": proxies})
     config["sweep"] = [LEAKED]
     config["data"]["name"] = key = "0123456789abcdef0123"
     monkeypatch.setenv("WANDB_API_KEY", key)
@@ -149,11 +154,12 @@ def test_no_token_is_published_or_said(hub: Hub, run, capfd, caplog, monkeypatch
         push(run)
     said = str(refused.value) + caplog.text + "".join(capfd.readouterr())
     files = hub.repositories["user/name"].files
-    for secret in (TOKEN, LEAKED, key):
+    for secret in (TOKEN, LEAKED, key, password):
         assert secret not in said
         for name, content in files.items():
             assert secret.encode() not in content, name
     assert b"[removed] and [removed]" in files["model.layers.2/cfg.json"]
+    assert b"http://[removed]@proxy:3128" in files["config.json"]
 
 
 def test_a_folder_instead_of_the_hub(run, tmp_path):
@@ -194,6 +200,43 @@ def test_one_saes_folder_and_what_other_libraries_wrote(hub: Hub, run, tmp_path)
     assert {name for name in files if "/" in name} == {"ae/cfg.json", "ae/sae_weights.safetensors"}
     assert json.loads(files["ae/cfg.json"])["metadata"]["model_name"] == "other/model"
     assert_computes(bigsae.load_sae("user/name"), random_sae("gated"), activations())
+
+
+def test_a_card_tells_no_paths(hub: Hub, run, tmp_path):
+    """Of what lies on this machine the last part, and whether it is a file."""
+    (tmp_path / "private" / "lm").mkdir(parents=True)
+    (tmp_path / "private" / "corpus.jsonl").touch()
+    config = json.loads((run / "config.json").read_text())
+    config |= {
+        "model": str(tmp_path / "private" / "lm"),
+        "dataset": str(tmp_path / "private" / "corpus.jsonl"),
+    }
+    (run / "config.json").write_text(json.dumps(config))
+    push(run)
+    card = hub.repositories["user/name"].files["README.md"].decode()
+    assert "activations of `lm` (a local folder), trained on `corpus.jsonl` (a local file)" in card
+    assert "private" not in card and "base_model" not in card and "datasets" not in card
+
+
+def test_a_config_json_of_others_is_no_runs(hub: Hub, tmp_path):
+    """sparsify keeps its own beside its SAEs."""
+    save_sae(random_sae("topk", k=K), tmp_path / "theirs" / "layers.3", format="sparsify")
+    (tmp_path / "theirs" / "config.json").write_text('{"sae": {}, "loss_fn": "fvu"}')
+    (tmp_path / "theirs" / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
+    push(tmp_path / "theirs")
+    files = hub.repositories["user/name"].files
+    assert set(files) == {
+        ".gitattributes",
+        "README.md",
+        "layers.3/cfg.json",
+        "layers.3/sae_weights.safetensors",
+    }
+
+
+def test_a_broken_sparsity_file_is_named(run, tmp_path):
+    (run / NAMES[0] / "sparsity.safetensors").write_bytes(b"cut of")
+    with pytest.raises(UserError, match=r"model\.layers\.2/sparsity\.safetensors cannot be read"):
+        export_run(ExportConfig(str(run), output=str(tmp_path / "out")))
 
 
 def test_from_python(hub: Hub):
@@ -271,6 +314,8 @@ def test_an_upload_that_fails_leaves_nothing_to_see_and_is_not_begun_anew(hub: H
         ({"push_to_hub": "a/b/c"}, "--push-to-hub a/b/c"),
         ({"push_to_hub": "user/na me"}, "--push-to-hub user/na me"),
         ({"private": True}, "exists and is public"),
+        ({"license": "no-such"}, "Invalid metadata in README.md. - license"),
+        ({"push_to_hub": "others/name"}, "--push-to-hub others/name: the Hub refuses (HTTP 403"),
         ({"format": "dictionary_learning", "run": "transcoder"}, "no transcoders"),
         ({"format": "saelens", "run": "transcoder"}, 'save it with format="sparsify"'),
         ({"run": "nowhere"}, "nowhere is no folder"),
@@ -280,6 +325,8 @@ def test_an_upload_that_fails_leaves_nothing_to_see_and_is_not_begun_anew(hub: H
 )
 def test_refusals(change, message, hub: Hub, run, tmp_path):
     bigsae.push_saes({"a": random_sae("standard")}, "user/name")
+    hub.repositories["others/name"] = hub.repositories["user/name"]
+    hub.refuses_writes = change.get("push_to_hub") == "others/name"
     save_sae(random_sae("topk", k=K, d_out=D_IN), tmp_path / "transcoder" / "a")
     (tmp_path / "empty" / "checkpoints").mkdir(parents=True)
     (tmp_path / "linked" / "a").mkdir(parents=True)

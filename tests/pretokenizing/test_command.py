@@ -1,4 +1,4 @@
-"""The command: training from what it writes, mistakes, a full disk, the Hub, and kills on the real tokenizer."""
+"""The command: training from what it writes, mistakes, a full disk, and kills on the real tokenizer."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ import time
 from pathlib import Path
 
 import pytest
-from huggingface_hub import HfApi
 
 import bigsae
 from bigsae import pretokenize, train
@@ -77,7 +76,8 @@ MISTAKES = {
     "no workers": ({"num_workers": 0}, "--num-workers 0 must be at least 1"),
     "files below a row": ({"tokens_per_file": 15}, "--tokens-per-file 15 must be between --ctx-len 16 and"),
     "arrow to the Hub": ({"push_to_hub": "a/b", "format": "arrow"}, "--push-to-hub needs --format parquet"),
-    "no repository": ({"push_to_hub": "rows"}, "--push-to-hub rows: give it as user/name"),
+    "no repository": ({"push_to_hub": "rows"}, "--push-to-hub rows: write it as user/name"),
+    "private for nothing": ({"private": True}, "--private does nothing without --push-to-hub"),
     "rows too long": ({"ctx_len": 250_000, "tokens_per_file": 250_000}, "tokens, less than one row of --ctx-len 25"),
     "shards too short": (
         {"ctx_len": 1500, "tokens_per_file": 1500},
@@ -179,46 +179,6 @@ def test_a_full_disk_is_named_and_nothing_is_lost(home, tmp_path, free):
     assert done.stdout.split()[-2:] == ["status", "2"], done.stderr
     assert "out: no space left on its disk: free some, then go on with --resume" in done.stderr
     assert "Traceback" not in done.stderr
-
-
-class Hub:
-    """What HfApi is asked."""
-
-    endpoint = "https://hub"
-
-    def __init__(self, patch, files=()):
-        self.calls, self.files = [], list(files)
-        for name in ("create_repo", "list_repo_files", "upload_folder"):
-            patch.setattr(HfApi, name, self._method(name))
-
-    def _method(self, name):
-        def method(api, *arguments, **options):
-            self.calls.append((name, arguments, options))
-            return self.files
-
-        return method
-
-
-def test_push_to_hub(home, tmp_path, monkeypatch, capsys):
-    hub = Hub(monkeypatch, [".gitattributes", "README.md"])
-    out = tmp_path / "out"
-    assert call(monkeypatch, arguments(home, out, push_to_hub="me/rows", private=True)) == 0
-    assert [name for name, _, _ in hub.calls] == ["create_repo", "list_repo_files", "upload_folder"]
-    assert hub.calls[0][1:] == (("me/rows",), {"repo_type": "dataset", "private": True, "exist_ok": True})
-    upload = hub.calls[2][2]
-    assert (upload["repo_id"], upload["folder_path"], upload["repo_type"]) == ("me/rows", out, "dataset")
-    card = (out / "README.md").read_text()
-    assert "path: data/train-*" in card
-    assert "- saelens" in card
-    hub.files.append("data/train-00000-of-00002.parquet")
-    assert call(monkeypatch, arguments(home, out, push_to_hub="me/rows", resume=True)) == 2
-    assert "me/rows holds other data (data/train-00000-of-00002.parquet)" in capsys.readouterr().err
-
-
-def test_a_hub_that_refuses_is_known_before_the_work(home, tmp_path, monkeypatch, capsys):
-    assert call(monkeypatch, arguments(home, tmp_path / "out", push_to_hub="me/rows")) == 2
-    assert "--push-to-hub me/rows: " in capsys.readouterr().err
-    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.slow

@@ -114,12 +114,18 @@ def configuration(some: list[Any]) -> dict[str, Any]:
 
 def test_wandb_has_configuration_curves_system_metrics_and_saes(config, tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB__STATS_SAMPLING_INTERVAL", "0.1")
-    config = replace(config, wandb=WandbConfig(project="saes", name="a-name"))
+    secret = json.dumps({"proxies": {"https": "http://me:never-to-be-seen@proxy:3128"}})
+    config = replace(
+        config, wandb=WandbConfig(project="saes", name="a-name"), lm=replace(config.lm, kwargs=secret)
+    )
     sae = bigsae.train_saes(config)[NAME]
     (some,) = records(config)
     (started,) = [r.run for r in some if r.WhichOneof("record_type") == "run" and r.run.project][:1]
     assert (started.project, started.display_name) == ("saes", "a-name")
-    assert configuration(some)["sae"]["d_sae"] == 64
+    values = configuration(some)
+    assert values["sae"]["d_sae"] == 64
+    assert json.loads(values["lm"]["kwargs"]) == {"proxies": {"https": "http://[removed]@proxy:3128"}}
+    assert "never-to-be-seen" not in str(some)
     rows = history(some)
     assert [row["fvu"] for row in metrics(tmp_path / "run")] == [
         rows[step][f"{NAME}/fvu"] for step in range(2, 11, 2)
