@@ -284,6 +284,7 @@ def check(config: TrainConfig, num_ranks: int) -> None:
         ("--data.epochs", config.data.epochs),
         ("--eval.rows", config.eval.rows),
         ("--timeout", config.timeout),
+        ("--max-hours", config.max_hours),
     ):
         _positive(flag, value)
     for flag, value in (
@@ -291,6 +292,7 @@ def check(config: TrainConfig, num_ranks: int) -> None:
         ("--checkpoint.keep", config.checkpoint.keep),
         ("--eval.every", config.eval.every),
         ("--hub.push-every", config.hub.push_every),
+        ("--check-replicas-every", config.check_replicas_every),
         ("--data.heldout-documents", config.data.heldout_documents),
         ("--seed", config.seed),
     ):

@@ -322,6 +322,14 @@ class TrainConfig:
     """Go on from the newest whole checkpoint in --output-dir; starts afresh, and says so, where there is none."""
     timeout: float = 30.0
     """Minutes that a rank waits for another one before the run ends with an error."""
+    max_hours: float | None = None
+    """Save and stop after so many hours, e.g. before the end of a job; --resume goes on."""
+    on_nonfinite: Literal["stop", "skip", "rollback"] = "stop"
+    """Where a loss or gradient is not finite. The update is left out at once on all ranks. stop: the run ends at the
+    next log; skip: it goes on; rollback: weights, moments and statistics go back to the newest checkpoint, while the
+    data go on, so that what was met is not met again."""
+    check_replicas_every: int = 1000
+    """Steps between comparisons, bit by bit, of weights that several ranks hold alike; 0: never."""
     sweep: tuple[str, ...] = ()
     """Train a grid of SAEs on each hookpoint from the same forwards: options of --sae and --optim, or seed, with their
     values, e.g. sae.k=16,32 optim.lr=1e-4,2e-4; or the path of a .json file."""

@@ -20,6 +20,9 @@ _MAY_CHANGE = {
     "buffer.device",
     "activations",  # the cache may have moved; its content is compared with the checkpoint's
     "timeout",
+    "max_hours",
+    "on_nonfinite",
+    "check_replicas_every",
 }
 _MAY_CHANGE_UNDER = {"checkpoint", "hub", "wandb", "eval", "mesh"}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 
 from torch import Tensor
@@ -14,15 +15,18 @@ from bigsae.training.heldout import measure_heldout
 from bigsae.training.heldout_ce import measure_heldout_ce
 from bigsae.training.progress import ProgressBar
 from bigsae.training.publish import export_saes, publish, publish_finished
-from bigsae.training.saving import refuse_skipped, save, save_last, settle
+from bigsae.training.saving import met_nonfinite, save, save_last, settle
 from bigsae.training.state import Run
 from bigsae.training.trainer import SAETrainer
 from bigsae.training.variants import Job
+from bigsae.training.watch import check_replicas
 
 logger = logging.getLogger("bigsae")
 
 # Steps between two questions to all ranks whether one was told to stop. Refills ask before each of their forwards.
 _CONTROL_INTERVAL = 10
+# A loss so many times the running mean of those logged before, which takes in each at this rate, is worth a warning.
+_SPIKE, _SPIKE_RATE = 3.0, 0.2
 
 
 def train(run: Run) -> str:
@@ -30,16 +34,18 @@ def train(run: Run) -> str:
     if run.finished:
         logger.info("%s is finished: nothing to do", run.out)
         return "finished"
-    with ProgressBar(run.config.num_steps, run.step, shown=run.mesh.is_main) as bar:
+    shown = run.mesh.is_main
+    with ProgressBar(run.config.num_steps, run.step, shown=shown) as bar, run.heartbeat.watching():
         _restart_clock(run)
         try:
             status, reason = _steps(run, bar)
+            while status == "finished" and _log(run, bar):
+                status, reason = _steps(run, bar)
         except UserError:
             settle(run)  # what was to be saved was whole: a resume may begin there
             raise
         run.finished = status == "finished"
         if run.finished:
-            _log(run, bar)
             bar.activity("measuring")
             if not _measures_now(run):
                 _measure(run)
@@ -58,7 +64,7 @@ def _steps(run: Run, bar: ProgressBar) -> tuple[str, str]:
     config = run.config
     while run.step < config.num_steps:
         bar.activity("harvesting")
-        filled = run.harvest.fill(run.step, lambda: run.stop.number is not None)
+        filled = run.harvest.fill(run.step, lambda: _asked(run))
         if run.step == 0 and run.saved_step is None:
             _check_one_batch(run)
         if not filled:
@@ -70,9 +76,12 @@ def _steps(run: Run, bar: ProgressBar) -> tuple[str, str]:
             trainer.train_step(*_inputs_and_targets(run.jobs[name], batch))
         run.step += 1
         run.num_unlogged += 1
+        run.heartbeat.beat()
         bar.advance(run.step)
         if run.step % config.log_every == 0:
             _log(run, bar)
+        if config.check_replicas_every and run.step % config.check_replicas_every == 0:
+            check_replicas(run.trainers, run.step, run.mesh.control)
         if _measures_now(run):
             _measure(run)
         if run.step == config.num_steps:
@@ -83,6 +92,12 @@ def _steps(run: Run, bar: ProgressBar) -> tuple[str, str]:
         if run.step % _CONTROL_INTERVAL == 0 and _someone_stops(run):
             return _stopped(run)
     return "finished", "all tokens trained"
+
+
+def _asked(run: Run) -> bool:
+    """Before each forward of a refill: whether this rank is to stop."""
+    run.heartbeat.beat()
+    return run.stop.asked
 
 
 def _inputs_and_targets(job: Job, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor | None]:
@@ -96,12 +111,14 @@ def _measures_now(run: Run) -> bool:
 
 
 def _someone_stops(run: Run) -> bool:
-    return bool(collectives.max_ints([run.stop.number is not None], run.mesh.control)[0])
+    return bool(collectives.max_ints([run.stop.asked], run.mesh.control)[0])
 
 
 def _stopped(run: Run) -> tuple[str, str]:
     logger.info("told to stop: saving a checkpoint at step %d, --resume goes on from there", run.step)
-    return "preempted", f"signal {run.stop.number or 'to another rank'}"
+    if run.stop.number is not None:
+        return "preempted", f"signal {run.stop.number}"
+    return "preempted", f"--max-hours {run.config.max_hours}" if run.stop.asked else "signal to another rank"
 
 
 def _why_not_filled(run: Run) -> tuple[str, str]:
@@ -148,10 +165,13 @@ def _restart_clock(run: Run) -> None:
     run.clock = {"time": time.perf_counter(), "harvest": run.harvest.seconds, "step": run.step}
 
 
-def _log(run: Run, bar: ProgressBar) -> None:
-    """One row for each SAE, on the progress bar and to the trackers; stops where numbers are no numbers."""
+def _log(run: Run, bar: ProgressBar) -> bool:
+    """One row for each SAE, on the progress bar and to the trackers.
+
+    Returns whether the run went back to a checkpoint instead, as numbers were no numbers (--on-nonfinite).
+    """
     if not run.num_unlogged:
-        return
+        return False
     metrics = run.of_all_ranks({name: _read_metrics(trainer) for name, trainer in run.trainers.items()})
     seconds = time.perf_counter() - run.clock["time"]
     num_tokens = (run.step - run.clock["step"]) * run.config.batch_size_tokens
@@ -163,10 +183,24 @@ def _log(run: Run, bar: ProgressBar) -> None:
     }
     run.num_unlogged = 0
     _restart_clock(run)
-    refuse_skipped(run, {name: values["num_skipped_steps"] for name, values in metrics.items()})
+    if met_nonfinite(run, {name: values["num_skipped_steps"] for name, values in metrics.items()}):
+        return True
     for name, values in metrics.items():
+        _tell_spikes(run, name, values["loss"])
         _write_row(run, name, values | timing)
     bar.show(run.step, next(iter(metrics.values())) | timing)
+    return False
+
+
+def _tell_spikes(run: Run, name: str, loss: float) -> None:
+    """Warn of a loss far above those that were logged before it."""
+    usual = run.usual_losses.get(name, loss)
+    if loss > _SPIKE * usual:
+        logger.warning(
+            "the loss of %s jumped to %.4g at step %d, from about %.4g", name, loss, run.step, usual
+        )
+    if math.isfinite(loss):
+        run.usual_losses[name] = usual + _SPIKE_RATE * (loss - usual)
 
 
 def _read_metrics(trainer: SAETrainer) -> dict[str, float]:
@@ -180,6 +214,7 @@ def _write_row(run: Run, name: str, values: dict[str, float]) -> None:
     row = {"step": run.step, "tokens": run.step * run.config.batch_size_tokens, "hookpoint": job.reads}
     if job.variant.name:
         row["variant"] = job.variant.name
+    values = {key: value for key, value in values.items() if math.isfinite(value)}  # JSON knows no others
     run.metrics.write(row | values)
     run.log_to_trackers({f"{name}/{key}": value for key, value in values.items()}, run.step)
 

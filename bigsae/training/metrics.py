@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
@@ -15,7 +17,7 @@ from bigsae.parallel import collectives
 from bigsae.sae.losses import Moments, StepOutput
 
 # Places of the rank-local sums in WindowSums.local
-_SQUARED_ERROR, _LOSS, _PARTS = range(3)
+_FINITE, _SQUARED_ERROR, _LOSS, _PARTS = range(4)
 
 
 class WindowSums:
@@ -39,16 +41,19 @@ class WindowSums:
         self.total += moments.total
         self.squares += moments.squares
         if update is not None:
-            self.grad_norm += update[0]
+            self.grad_norm += torch.where(update[1] > 0, 0.0, update[0])
             self.num_skipped += update[1]
             self.num_updates += 1
         squared_error = output.residual.float().square().sum()
         parts = (
+            torch.ones_like(squared_error),
             squared_error,
             output.loss,
             *(output.parts[name] for name in self.loss_parts),
         )
-        self.local += torch.stack([part.detach().double() for part in parts])
+        values = torch.stack([part.detach().double() for part in parts])
+        # What is no number is left out of the means; `num_skipped` counts it.
+        self.local += torch.where(torch.isfinite(values).all(), values, 0.0)
         self.num_active += output.num_active
         self.num_tokens += moments.num_tokens
         self.num_steps += 1
@@ -56,19 +61,23 @@ class WindowSums:
     def read(self, group: ProcessGroup | None, latents: ProcessGroup | None = None) -> dict[str, float]:
         """Means over the window, the same on every rank.
 
-        fvu = Σ‖x − x̂‖² / Σ‖x − x̄‖² over all tokens of the window, x̄ their mean. `group`: the ranks that see other
-        tokens; `latents`: those that see the same ones, where only the number of active latents differs.
+        fvu = Σ‖x − x̂‖² / Σ‖x − x̄‖² over all tokens of the window, x̄ their mean. Steps whose loss is not finite
+        are left out, the rest stands for them; NaN where there is no rest. `group`: the ranks that see other tokens;
+        `latents`: those that see the same ones, where only the number of active latents differs.
         """
         sums = collectives.sum_(self.local.clone(), group).tolist()
+        num_ranks = 1 if group is None else dist.get_world_size(group)
+        finite = sums[_FINITE] / (self.num_steps * num_ranks) or math.nan  # a share, 1 but for broken steps
         num_active = collectives.sum_(collectives.sum_(self.num_active.clone(), group), latents).item()
+        num_skipped = self.num_skipped.item()
         variance = Moments(self.num_tokens, self.total, self.squares).variance().item()
         return {
-            "loss": sums[_LOSS] / self.num_steps,
-            "fvu": sums[_SQUARED_ERROR] / variance,
+            "loss": sums[_LOSS] / self.num_steps / finite,
+            "fvu": sums[_SQUARED_ERROR] / variance / finite,
             "l0": num_active / self.num_tokens,
-            **{name: sums[_PARTS + i] / self.num_steps for i, name in enumerate(self.loss_parts)},
-            "grad_norm": self.grad_norm.item() / max(self.num_updates, 1),
-            "num_skipped_steps": self.num_skipped.item(),
+            **{name: sums[_PARTS + i] / self.num_steps / finite for i, name in enumerate(self.loss_parts)},
+            "grad_norm": self.grad_norm.item() / max(self.num_updates - num_skipped, 1),
+            "num_skipped_steps": num_skipped,
         }
 
     def clear(self) -> None:

@@ -86,7 +86,7 @@ class Pusher:
         self.stop()
         self.start(folder, step)
         assert self._process is not None
-        while self._process.poll() is None and stop.number is None:
+        while self._process.poll() is None and not stop.asked:
             time.sleep(_SECONDS_BETWEEN_LOOKS)
         again = "python -m bigsae.export " + shlex.join(self._command(folder, f"step {step}")[3:])
         if self._process.poll() is None:

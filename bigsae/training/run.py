@@ -37,7 +37,7 @@ def train_saes(config: TrainConfig) -> dict[str, SAE]:
 
 def run_training(config: TrainConfig) -> Run:
     """As `train_saes`, without what is trained: it lies in `config.output_dir`."""
-    with StopSignal() as stop:
+    with StopSignal(config.max_hours) as stop:
         with lost_peers_named(config.timeout):
             run, close = prepare(config, stop)
         try:

@@ -18,14 +18,54 @@ from bigsae.training.state import Run
 logger = logging.getLogger("bigsae")
 
 
-def refuse_skipped(run: Run, num_skipped: dict[str, float]) -> None:
-    """Stop where a gradient was not finite: `num_skipped` steps of each SAE. Raises UserError, on all ranks."""
-    for name, number in num_skipped.items():
-        if number:
-            raise UserError(
-                f"the gradient of {name} was not finite in {number:.0f} of the last steps up to step {run.step}: "
-                "lower --optim.lr, and give another --output-dir"
-            )
+# A run that has gone back to one checkpoint so often ends.
+_MOST_ROLLBACKS = 3
+
+
+def met_nonfinite(run: Run, num_skipped: dict[str, float]) -> bool:
+    """Do as --on-nonfinite says where a loss or gradient was not: in `num_skipped` of the last steps of each SAE.
+
+    The same on all ranks. Returns whether the run went back to a checkpoint. Raises UserError where it is to stop.
+    """
+    broken = {name: number for name, number in num_skipped.items() if number}
+    if not broken:
+        return False
+    name, number = next(iter(broken.items()))
+    what = (
+        f"loss or gradient of {name} was not finite in {number:.0f} of the last steps up to step {run.step}"
+    )
+    policy = run.config.on_nonfinite
+    if policy == "stop":
+        raise UserError(
+            f"{what}: lower --optim.lr and give another --output-dir, or let --on-nonfinite skip such steps"
+        )
+    if policy == "skip":
+        logger.warning("%s: they changed no weights, and the run goes on", what)
+        return False
+    _roll_back(run, what)
+    return True
+
+
+def _roll_back(run: Run, what: str) -> None:
+    """Go back to the newest checkpoint with all but the data, which go on: other tokens come."""
+    settle(run)
+    newest = checkpoint.newest_whole(run.out / "checkpoints", run.mesh)
+    if newest is None:
+        raise UserError(f"{what}, and there is no checkpoint to go back to: lower --checkpoint.every")
+    step = checkpoint.step_of(newest)
+    run.num_rollbacks[step] = run.num_rollbacks.get(step, 0) + 1
+    if run.num_rollbacks[step] > _MOST_ROLLBACKS:
+        raise UserError(
+            f"{what}, after {_MOST_ROLLBACKS} returns to step {step}: lower --optim.lr and give another --output-dir"
+        )
+    logger.warning("%s: back to step %d, with the data that come next", what, step)
+    saved = checkpoint.read_state(newest)
+    _load_trainers(run, saved, {})
+    run.step, run.num_unlogged = step, saved.state["num_unlogged"]
+    if run.mesh.is_main:
+        run.metrics.truncate_after(step)
+    run.saved_step = None  # the one there is has the data that were met
+    save(run)
 
 
 def settle(run: Run) -> None:
@@ -60,8 +100,10 @@ def save(run: Run) -> None:
     settle(run)
     if run.saved_step == run.step and not run.finished and not run.harvest.refilling:
         return
-    skipped = {name: trainer.window.num_skipped.item() for name, trainer in run.trainers.items()}
-    refuse_skipped(run, run.of_all_ranks(skipped))
+    if run.config.on_nonfinite != "skip":  # the next log tells of those
+        skipped = {name: trainer.window.num_skipped.item() for name, trainer in run.trainers.items()}
+        if met_nonfinite(run, run.of_all_ranks(skipped)):
+            return
     own = {f"buffer/{key}": t for key, t in run.harvest.buffer.tensors().items()}
     own |= _rank_tensors(run)
     state = {
@@ -117,30 +159,35 @@ def resume(run: Run) -> None:
     run.step = run.saved_step = checkpoint.step_of(newest)
     run.finished, run.initialised = state["finished"], state["initialised"]
     run.num_unlogged = state["num_unlogged"]
-    for name, trainer in run.trainers.items():
-        trainer.load_counters(state["trainers"][name])
     same_ranks = saved.num_ranks == run.mesh.num_ranks
-    owners = {name: job.owner for name, job in run.jobs.items()}
-    same_mesh = same_ranks and state["num_latent"] == run.mesh.num_latent and state["owners"] == owners
-    own: dict[str, Tensor] = {}
     waiting = run.harvest.buffer.empty_tensors(saved.ranks[run.mesh.rank]["buffer"]) if same_ranks else {}
-    own |= {f"buffer/{key}": t for key, t in waiting.items()}
-    own |= _rank_tensors(run) if same_mesh else {}
-    checkpoint.load_tensors(saved, _tensors(run), own, run.mesh)
+    _load_trainers(run, saved, {f"buffer/{key}": t for key, t in waiting.items()})
     if same_ranks:
         rank_state = saved.ranks[run.mesh.rank]
         run.harvest.load(waiting, rank_state["buffer"], rank_state["refilling"])
         run.rows.load_state_dict(rank_state["data"])
     else:
         _deal_data(run, saved)
-    if not same_mesh:
-        _deal_sums(run, saved)
     if run.mesh.is_main:
         run.metrics.truncate_after(run.step)
     logger.info("resumed %s at step %d", newest, run.step)
     if not same_ranks:
         logger.info("it was written by %d ranks, this run has %d: data and buffers are dealt anew", saved.num_ranks,
                     run.mesh.num_ranks)  # fmt: skip
+
+
+def _load_trainers(run: Run, saved: Saved, own: dict[str, Tensor]) -> None:
+    """Fill the trainers, and `own` of this rank, from `saved`, whatever mesh wrote it."""
+    state = saved.state
+    for name, trainer in run.trainers.items():
+        trainer.load_counters(state["trainers"][name])
+    owners = {name: job.owner for name, job in run.jobs.items()}
+    same_mesh = (saved.num_ranks, state["num_latent"]) == (run.mesh.num_ranks, run.mesh.num_latent)
+    same_mesh = same_mesh and state["owners"] == owners
+    own = own | (_rank_tensors(run) if same_mesh else {})
+    checkpoint.load_tensors(saved, _tensors(run), own, run.mesh)
+    if not same_mesh:
+        _deal_sums(run, saved)
 
 
 def _deal_data(run: Run, saved: Saved) -> None:

@@ -64,6 +64,7 @@ from bigsae.training.variants import (
     variants,
     with_sweep_read,
 )
+from bigsae.training.watch import Heartbeat
 
 logger = logging.getLogger("bigsae")
 
@@ -213,6 +214,7 @@ def _begin(
             config.timeout,
             beside=config.checkpoint.beside_training,
         ),
+        Heartbeat(config.timeout),
     )
     _announce(run, given)
     if config.resume:

@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT: noted when they come, obeyed by all ranks at the same step."""
+"""SIGTERM, SIGUSR1, SIGINT and --max-hours: noted when they come, obeyed by all ranks at the same step."""
 
 from __future__ import annotations
 
@@ -10,19 +10,26 @@ _PATIENCE_SECONDS = 2.0
 
 
 class StopSignal:
-    """A context in which SIGTERM and SIGINT only set `number`.
+    """A context in which SIGTERM, SIGUSR1 (Slurm's way to tell of a limit) and SIGINT only set `number`.
 
     A cluster's SIGTERM reaches a worker twice, from the cluster and forwarded by its launcher: repeats are ignored (the
     launcher's SIGKILL follows after 30 s anyway). A second Ctrl-C, a while after the first, interrupts as usual.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, max_hours: float | None = None) -> None:
+        """The time counts from here."""
         self.number: int | None = None
+        self._end = None if max_hours is None else time.monotonic() + 3600 * max_hours
         self._first = 0.0
         self._before: dict[int, object] = {}
 
+    @property
+    def asked(self) -> bool:
+        """Whether this rank was told to stop, or its time is up."""
+        return self.number is not None or (self._end is not None and time.monotonic() >= self._end)
+
     def __enter__(self) -> StopSignal:
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
             self._before[number] = signal.signal(number, self._note)
         return self
 

@@ -20,6 +20,7 @@ from bigsae.training.signals import StopSignal
 from bigsae.training.trackers import Trackers
 from bigsae.training.trainer import SAETrainer
 from bigsae.training.variants import Job
+from bigsae.training.watch import Heartbeat
 
 
 @dataclass
@@ -46,6 +47,8 @@ class Run:
     stop: StopSignal
     saver: Saver
     """Writes checkpoints."""
+    heartbeat: Heartbeat
+    """Shows where a run hangs."""
     step: int = 0
     """Steps that are done."""
     num_unlogged: int = 0
@@ -56,6 +59,10 @@ class Run:
     """Whether the newest checkpoint is that of a run which has ended."""
     saved_step: int | None = None
     """Step of the newest checkpoint."""
+    usual_losses: dict[str, float] = field(default_factory=dict)
+    """Running mean of the logged losses of each SAE."""
+    num_rollbacks: dict[int, int] = field(default_factory=dict)
+    """Returns to the checkpoint of each step, where numbers were not finite."""
     metrics: MetricsFile = field(init=False)
     clock: dict[str, float] = field(default_factory=dict)
     """Where time, harvest and steps stood at the last log."""

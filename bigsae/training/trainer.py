@@ -153,6 +153,7 @@ class SAETrainer:
         if context.dead is not None or self.config.multi_topk or self.optim.accumulation_steps > 1:
             self.update.begin_sums()
         output.loss.backward()
+        self._mark_nonfinite(output.loss)
         updates = (self.step + 1) % self.optim.accumulation_steps == 0
         update = self.update(self.lr()) if updates else None
         with torch.no_grad():
@@ -161,6 +162,15 @@ class SAETrainer:
             self._measure_density(counts, context.num_tokens)
             self._resample(x, output, context.num_tokens)
         self.step += 1
+
+    @torch.no_grad()
+    def _mark_nonfinite(self, loss: Tensor) -> None:
+        """Have the gradients say where the loss is not finite: their sum tells all ranks at once, without asking."""
+        mark = 0 * loss.detach()
+        for name in ("b_dec", *self.sae.encoder_biases):
+            gradient = self.sae.get_parameter(name).grad
+            assert gradient is not None
+            gradient += mark
 
     def _context(self, y: Tensor) -> StepContext:
         num_tokens = len(y) * self.mesh.num_data

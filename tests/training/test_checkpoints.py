@@ -1,0 +1,218 @@
+"""Checkpoints that are damaged, cannot be written, or are written while training goes on."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import bigsae
+from bigsae.config import UserError
+from bigsae.parallel.mesh import alone
+from bigsae.training import checkpoint
+from bigsae.training.checkpoint import NotSaved, checkpoints, newest_whole
+from tests.distributed.ranks import run_ranks
+from tests.launch import metrics, write_corpus
+from tests.models import tiny_llama
+
+NAME = "model.layers.1"
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory) -> Path:
+    """A model, text, and a run of 20 steps that has all its checkpoints."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+    tiny_llama(folder / "lm", num_layers=2)
+    write_corpus(folder / "corpus.jsonl", num_documents=40)
+    bigsae.train_saes(config_of(folder, folder / "straight"))
+    return folder
+
+
+def config_of(home: Path, out: Path, **options: Any) -> bigsae.TrainConfig:
+    base: dict[str, Any] = {
+        "model": str(home / "lm"), "dataset": str(home / "corpus.jsonl"), "hookpoints": (NAME,),
+        "output_dir": str(out), "tokens": 64 * 20, "batch_size_tokens": 64, "ctx_len": 16, "log_every": 3,
+        "lm": bigsae.LMConfig(dtype="float32", micro_batch_rows=2), "data": bigsae.DataConfig(num_shards=4),
+        "buffer": bigsae.BufferConfig(tokens=256, dtype="float32"), "sae": bigsae.SAEConfig(k=3, d_sae=64),
+        "optim": bigsae.OptimConfig(lr=3e-3), "checkpoint": bigsae.CheckpointConfig(every=4, keep=0),
+    }  # fmt: skip
+    return bigsae.TrainConfig(**(base | options))
+
+
+def cut(home: Path, out: Path, last: int) -> bigsae.TrainConfig:
+    """The straight run as it was when the checkpoint of step `last` was the newest, to be resumed."""
+    shutil.copytree(home / "straight", out)
+    for path in checkpoints(out / "checkpoints"):
+        if checkpoint.step_of(path) > last:
+            shutil.rmtree(path)
+    return config_of(home, out, resume=True)
+
+
+def assert_as_straight(home: Path, out: Path) -> None:
+    ours, theirs = bigsae.load_sae(out / NAME), bigsae.load_sae(home / "straight" / NAME)
+    for name, value in theirs.named_parameters():
+        assert torch.equal(ours.get_parameter(name), value)
+    timing = ("tokens_per_second", "lm_time_share", "sae_time_share")
+    rows = [[{k: v for k, v in row.items() if k not in timing} for row in metrics(folder)]
+            for folder in (out, home / "straight")]  # fmt: skip
+    assert rows[0] == rows[1]
+
+
+def flip_a_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 4
+    path.write_bytes(content)
+
+
+def data_file(folder: Path) -> Path:
+    return sorted(folder.glob("*.distcp"))[0]
+
+
+DAMAGE: dict[str, Callable[[Path], object]] = {
+    "a flipped bit": lambda f: flip_a_bit(data_file(f)),
+    "a torn file": lambda f: data_file(f).write_bytes(data_file(f).read_bytes()[:-1]),
+    "a lost file": lambda f: data_file(f).unlink(),
+    "a torn state": lambda f: (f / "state.json").write_text((f / "state.json").read_text()[:-9]),
+    "another rank's cursors": lambda f: flip_a_bit(f / "rank_0.json"),
+    "a marker without sums": lambda f: (f / "COMPLETE").write_text('{"step": 12}'),
+    "a torn marker": lambda f: (f / "COMPLETE").write_text('{"step": 1'),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_checkpoint_is_put_aside_and_the_one_before_it_taken(home, tmp_path, caplog, damage):
+    config = cut(home, tmp_path / "run", last=12)
+    newest = tmp_path / "run/checkpoints/step_12"
+    DAMAGE[damage](newest)
+    bigsae.train_saes(config)
+    assert "step_12 is damaged" in caplog.text and "the one before it is taken" in caplog.text
+    assert (newest.parent / "damaged_step_12").is_dir()
+    assert_as_straight(home, tmp_path / "run")
+
+
+def test_where_all_are_damaged_nothing_is_begun_anew(home, tmp_path):
+    config = cut(home, tmp_path / "run", last=8)
+    for path in checkpoints(tmp_path / "run/checkpoints"):
+        data_file(path).unlink()
+    with pytest.raises(UserError, match=r"all checkpoints in .* are damaged"):
+        bigsae.train_saes(config)
+
+
+def damaged_on_ranks(folder: Path) -> list[str]:
+    from bigsae.parallel.mesh import build_mesh
+
+    found = newest_whole(folder, build_mesh())
+    assert found is not None
+    return [found.name, *sorted(path.name for path in folder.iterdir())]
+
+
+def test_every_file_is_looked_at_by_one_of_the_ranks(home, tmp_path):
+    for name in sorted(path.name for path in (home / "straight/checkpoints/step_8").iterdir()):
+        if name == "COMPLETE":
+            continue
+        shutil.copytree(home / "straight/checkpoints", tmp_path / name)
+        for step in (12, 16, 20):
+            shutil.rmtree(tmp_path / name / f"step_{step}")
+        flip_a_bit(tmp_path / name / "step_8" / name)
+        assert newest_whole(tmp_path / name, alone(torch.device("cpu"))) == tmp_path / name / "step_4"
+    shutil.copytree(home / "straight/checkpoints", tmp_path / "ranks")
+    flip_a_bit(tmp_path / "ranks/step_20" / sorted(json.loads(
+        (tmp_path / "ranks/step_20/COMPLETE").read_text())["files"])[1])  # fmt: skip
+    for found in run_ranks(2, damaged_on_ranks, tmp_path / "ranks"):
+        assert found[0] == "step_16" and found[1] == "damaged_step_20" and "step_20" not in found
+
+
+@pytest.mark.parametrize("beside", [True, False])
+def test_a_full_disk_leaves_older_ones_whole_and_the_run_goes_on(home, tmp_path, monkeypatch, caplog, beside):
+    """The second and third of the checkpoints find no room, as dcp meets it: a RuntimeError of its serialiser."""
+    write = checkpoint.dcp.save
+    calls = []
+
+    def full(tensors: Any, **options: Any) -> Any:
+        calls.append(1)
+        if len(calls) in (2, 3):
+            path = Path(options["storage_writer"].path)
+            (path / "__0_0.distcp").write_bytes(b"half of it")
+            raise checkpoint.CheckpointException("write", {0: (RuntimeError("no room"), None)})
+        return write(tensors, **options)
+
+    monkeypatch.setattr(checkpoint.dcp, "save", full)
+    saving = bigsae.CheckpointConfig(every=4, keep=0, beside_training=beside)
+    bigsae.train_saes(config_of(home, tmp_path / "run", checkpoint=saving))
+    assert caplog.text.count("a checkpoint could not be written (no room): the run goes on") == 2
+    steps = [checkpoint.step_of(path) for path in checkpoints(tmp_path / "run/checkpoints")]
+    assert steps == [4, 16, 20]
+    assert not list((tmp_path / "run/checkpoints").glob(".*"))
+    assert_as_straight(home, tmp_path / "run")
+
+
+def test_an_end_that_cannot_be_saved_is_an_error(home, tmp_path, monkeypatch):
+    write = checkpoint.write_json
+
+    def full(path: Path, value: Any) -> None:
+        if path.parent.name == ".step_20.tmp":
+            raise OSError(28, "No space left on device")
+        write(path, value)
+
+    monkeypatch.setattr(checkpoint, "write_json", full)
+    with pytest.raises(UserError, match=r"last checkpoint could not be written.*No space left.*from step 16"):
+        bigsae.train_saes(config_of(home, tmp_path / "run"))
+    monkeypatch.undo()
+    bigsae.train_saes(config_of(home, tmp_path / "run", resume=True))
+    assert_as_straight(home, tmp_path / "run")
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(home, tmp_path, monkeypatch):
+    """The disk of the first checkpoint waits until step 7 is done; what is written is still that of step 4."""
+    write, stepped = checkpoint.dcp.save, threading.Event()
+    step = bigsae.training.trainer.SAETrainer.train_step
+
+    def slow(*args: Any, **options: Any) -> Any:
+        assert threading.current_thread().name == "bigsae-checkpoint"
+        assert stepped.wait(60)
+        return write(*args, **options)
+
+    def train_step(self: Any, *batch: Any) -> None:
+        step(self, *batch)
+        if self.step == 7:
+            stepped.set()
+
+    monkeypatch.setattr(checkpoint.dcp, "save", slow)
+    monkeypatch.setattr(bigsae.training.trainer.SAETrainer, "train_step", train_step)
+    bigsae.train_saes(config_of(home, tmp_path / "run"))
+    monkeypatch.undo()
+    assert_as_straight(home, tmp_path / "run")
+    for path in checkpoints(tmp_path / "run/checkpoints")[1:]:
+        shutil.rmtree(path)
+    bigsae.train_saes(config_of(home, tmp_path / "run", resume=True))
+    assert_as_straight(home, tmp_path / "run")
+
+
+def unwritable(folder: Path) -> str:
+    """Rank 1 cannot write its part: all ranks learn of it, and none hangs."""
+    from bigsae.parallel.mesh import build_mesh
+
+    mesh = build_mesh()
+    if mesh.rank == 1:
+        checkpoint.write_json = refuse
+    try:
+        checkpoint.save(folder, 3, {}, {"own": torch.ones(2)}, {}, {}, 0, mesh)
+    except NotSaved as error:
+        return str(error)
+    return ""
+
+
+def refuse(path: Path, value: Any) -> None:
+    raise OSError(28, "No space left on device", str(path))
+
+
+def test_one_ranks_full_disk_fails_all(tmp_path):
+    first, second = run_ranks(2, unwritable, tmp_path)
+    assert first == second and "No space left on device" in first
+    assert not checkpoints(tmp_path)
