@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -14,6 +15,9 @@ from torch.distributed import ProcessGroup
 from bigsae.config import UserError
 from bigsae.parallel import collectives
 from bigsae.parallel.mesh import Mesh
+
+# How long those that are left wait for one another's names.
+_SECONDS_TO_SIGN = 8.0
 
 
 class PeerLost(RuntimeError):
@@ -75,10 +79,28 @@ def lost_peers_named(minutes: float) -> Iterator[None]:
         if isinstance(error, PeerLost) or not _is_of_a_peer(error):
             raise
         raise PeerLost(
-            f"another rank of the run died, or did not answer within --timeout {minutes:g} minutes "
+            f"{_lost_ranks()} of the run died, or did not answer within --timeout {minutes:g} minutes "
             f"({_one_line(str(error))}); why stands in its own node's output. Start all nodes again with --resume to "
             "go on from the last checkpoint"
         ) from error
+
+
+def _lost_ranks() -> str:
+    """The ranks that do not sign a list in the store of the launch, in words; those that are left all come here."""
+    unknown = "another rank"
+    try:
+        store = dist.distributed_c10d._get_default_store()
+        store.set_timeout(timedelta(seconds=_SECONDS_TO_SIGN))
+        ranks = range(dist.get_world_size())
+        store.set(f"bigsae/left/{dist.get_rank()}", "1")
+        end = time.monotonic() + _SECONDS_TO_SIGN
+        while missing := [rank for rank in ranks if not store.check([f"bigsae/left/{rank}"])]:
+            if time.monotonic() > end:
+                break
+            time.sleep(0.2)
+    except (RuntimeError, ValueError):  # the store itself may be gone with its node
+        return unknown
+    return f"rank {', '.join(map(str, missing))}" if missing else unknown
 
 
 def _is_of_a_peer(error: BaseException) -> bool:

@@ -113,7 +113,7 @@ def ends_without(
     assert code != 0
     errors = [line for line in output.splitlines() if line.startswith(f"error on rank {survivor}: ")]
     assert len(errors) == 1, output
-    assert "another rank of the run died, or did not answer within --timeout" in errors[0]
+    assert "of the run died, or did not answer within --timeout" in errors[0]
     assert "--resume" in errors[0]
     assert f"[rank{survivor}]: Traceback" not in output
     # The rest is the launcher's way out.
