@@ -9,12 +9,15 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 
+from bigsae.config import check_timeout
+
 
 def join_launch(timeout: float, **options: Any) -> Accelerator:
     """Join the ranks of this launch; each waits for another one for `timeout` minutes at most.
 
-    `options` are those of `accelerate.Accelerator`.
+    `options` are those of `accelerate.Accelerator`. Raises UserError for a `timeout` that is none.
     """
+    check_timeout(timeout)
     return Accelerator(
         cpu=not torch.cuda.is_available(),
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(minutes=timeout))],
