@@ -8,6 +8,7 @@ import tyro
 
 from bigsae.caching.options import CacheConfig, VerifyConfig
 from bigsae.commands import is_main, run_command
+from bigsae.config import named
 
 
 def main() -> None:
@@ -33,7 +34,8 @@ def main() -> None:
     from bigsae.training.run import Preempted
 
     if isinstance(config, VerifyConfig):
-        open_activations(config.verify).verify()
+        with named("--verify"):
+            open_activations(config.verify).verify()
         print(f"{config.verify}: every file is as it was written")
         return
     stopped_by = None

@@ -8,12 +8,24 @@ from __future__ import annotations
 
 import json
 import reprlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 
 class UserError(Exception):
     """A mistake that the user can mend. The message names the flag and the fix; commands print it and exit with 2."""
+
+
+@contextmanager
+def named(flag: str) -> Iterator[None]:
+    """Have each UserError within it begin with `flag`, by which the user gave what is wrong."""
+    try:
+        yield
+    except UserError as error:
+        text = str(error)
+        raise type(error)(text if text.startswith(flag) else f"{flag}: {text}") from error.__cause__
 
 
 # YAML's references make endless values of a few lines.

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
-from bigsae.config import TrainConfig, UserError
+from bigsae.config import TrainConfig, UserError, named
 from bigsae.configfile import read_config
 from bigsae.evaluation.options import EvaluateConfig
 from bigsae.hub.formats import read_sae
@@ -90,7 +90,8 @@ def read_targets(
 
 def read_saes(folders: Sequence[Path]) -> list[SAE]:
     """The SAEs in `folders`, on the CPU."""
-    return [read_sae(folder) for folder in folders]
+    with named("--saes"):
+        return [read_sae(folder) for folder in folders]
 
 
 def find_hookpoint(
