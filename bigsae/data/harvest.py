@@ -134,7 +134,7 @@ class Harvest:
         return stacked, keep
 
     def _harvest(self, rows: Tensor, keep: Tensor, finite: Tensor) -> None:
-        """Run the LM on `rows` [rows, ctx_len], those that `keep` counts into the buffer, and note what is not finite."""
+        """Run the LM on `rows` [rows, ctx_len]; what `keep` counts goes into the buffer. Notes what is not finite."""
         kept = {}
         for i, (name, values) in enumerate(self.extract(rows).items()):
             kept[name] = values.flatten(0, 1)[keep.to(values.device)]

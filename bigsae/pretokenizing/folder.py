@@ -75,8 +75,8 @@ def _check_same(out: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
     for flag, value in now.items():
         if before.get(flag) != value:
             raise UserError(
-                f"{flag} is {value}, but {short(before.get(flag))} in --output-dir {out}: --resume goes on with what it "
-                "began with; choose another folder for this"
+                f"{flag} is {value}, but {short(before.get(flag))} in --output-dir {out}: --resume goes on with what "
+                "it began with; choose another folder for this"
             )
 
 
