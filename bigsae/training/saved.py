@@ -14,9 +14,8 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import Metadata
 
-from bigsae.config import UserError
+from bigsae.config import UserError, short
 from bigsae.configfile import from_dict
 
 _REASON = 150
@@ -158,30 +157,34 @@ def _error(checkpoint: Path, reason: str) -> UserError:
 def load(tensors: dict[str, torch.Tensor], saved: Saved, group: Any, *, alone: bool) -> None:
     """Fill `tensors` in place under their names. Of a `group` of ranks all call this, unless `alone`."""
     with _broken(saved.folder):
-        dcp.load(tensors, storage_reader=_Reader(saved.folder), process_group=group, no_dist=alone)
+        _check_metadata(saved.folder)
+        reader = dcp.FileSystemReader(os.fspath(saved.folder))
+        dcp.load(tensors, storage_reader=reader, process_group=group, no_dist=alone)
 
 
-class _Reader(dcp.FileSystemReader):
-    """Reads tensors alone, from files in the checkpoint's own folder."""
-
-    def __init__(self, folder: Path):
-        super().__init__(os.fspath(folder))
-        self._folder = folder
-
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        # torch unpickles whatever stands there.
-        with (self._folder / ".metadata").open("rb") as file:
-            try:
-                metadata = _Unpickler(file).load()
-                files = {info.relative_path for info in metadata.storage_data.values()}
-            except (EOFError, LookupError, AttributeError, TypeError, ValueError) as error:
-                raise pickle.UnpicklingError(f".metadata is torn ({error})") from None
-        for name in files:
-            if not isinstance(name, str) or Path(name).name != name:
-                raise pickle.UnpicklingError(f".metadata names {name!r}, which is no file of a checkpoint")
-        return super().read_metadata(*args, **kwargs)
+def _check_metadata(folder: Path) -> None:
+    """Find a .metadata of other things than tensors in files of `folder`: torch unpickles whatever stands there."""
+    with (folder / ".metadata").open("rb") as file:
+        try:
+            files = {info.relative_path for info in _Unpickler(file).load().storage_data.values()}
+        except _TORN as error:
+            raise UserError(f".metadata is torn: {error}") from None
+    for name in files:
+        if not isinstance(name, str) or Path(name).name != name:
+            raise UserError(f".metadata names {short(name)}, which is no file of a checkpoint")
 
 
+# How unpickling fails on bytes that are no pickle, or are one of something else.
+_TORN = (
+    pickle.UnpicklingError,
+    EOFError,
+    LookupError,
+    AttributeError,
+    TypeError,
+    ValueError,
+    OverflowError,
+    MemoryError,
+)
 # All that the metadata of tensors is made of. Values of other kinds torch would unpickle without asking.
 _METADATA = {
     "torch.distributed.checkpoint.metadata": {
@@ -199,7 +202,5 @@ _METADATA = {
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module_name: str, global_name: str) -> Any:
         if global_name not in _METADATA.get(module_name, ()):
-            raise pickle.UnpicklingError(
-                f".metadata calls {module_name}.{global_name}, which is no part of a checkpoint's"
-            )
+            raise UserError(f".metadata calls {module_name}.{global_name}, which may be harmful")
         return super().find_class(module_name, global_name)

@@ -63,7 +63,7 @@ def _points(sweep: Sequence[str]) -> list[dict[str, Any]]:
     """The options of each point of the grid, or of each entry of a file's list."""
     if len(sweep) == 1 and "=" not in sweep[0]:
         values = _read(sweep[0])
-        if isinstance(values, list) and values:
+        if isinstance(values, list):
             if len(values) > _MOST:
                 raise UserError(
                     f"--sweep {sweep[0][:100]} lists {len(values)} SAEs, at most {_MOST} can be: list fewer"
@@ -95,7 +95,7 @@ def with_sweep_read(config: TrainConfig) -> TrainConfig:
 def _read(path: str) -> Any:
     """The values in the file at `path`, or in `path` itself, as the config.json of a run has them."""
     try:
-        return json.loads(path if path.startswith(("[", "{")) else Path(path).read_text())
+        values = json.loads(path if path.startswith(("[", "{")) else Path(path).read_text())
     except OSError as error:
         raise UserError(
             f"--sweep {path[:100]} cannot be read ({error.strerror}): give a .json file, or options like {_EXAMPLE}"
@@ -104,6 +104,7 @@ def _read(path: str) -> Any:
         raise UserError(
             f"--sweep {path[:100]} is not JSON ({error}): give a .json file, or options like {_EXAMPLE}"
         ) from None
+    return values if isinstance(values, list) and values else _options(values, path)
 
 
 def _options(values: Any, path: str) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import json
+import os
 import re
 import shlex
 import shutil
@@ -23,6 +24,9 @@ from tests.models import tiny_llama
 
 Prepare = Callable[[Path, Path], object]
 """Called with the shared folder and the case's own, to put wrong things into the latter."""
+
+Change = Callable[[Path], object]
+"""What makes a right file or folder a wrong one."""
 
 HOOKPOINT = "model.layers.1"
 TRAIN: dict[str, Any] = {
@@ -119,7 +123,14 @@ def make_home(home: Path) -> Path:
     return home
 
 
-def copied(name: str, *changes: Callable[[Path], object]) -> Prepare:
+class Harm:
+    """What a pickle may do to those who load it."""
+
+    def __reduce__(self) -> Any:
+        return os.system, ("touch harm",)
+
+
+def copied(name: str, *changes: Change) -> Prepare:
     """A copy of `name` of the shared folder in the case's own, with `changes` made to it."""
 
     def prepare(home: Path, tmp: Path) -> None:
@@ -143,22 +154,22 @@ def written(name: str, text: str | bytes) -> Prepare:
     return prepare
 
 
-def holding(file: str, text: str | bytes) -> Callable[[Path], object]:
+def holding(file: str, text: str | bytes) -> Change:
     """A change of a folder: `file` in it holds `text`."""
     return lambda folder: (folder / file).write_bytes(text if isinstance(text, bytes) else text.encode())
 
 
-def cut(file: str, num_bytes: int) -> Callable[[Path], object]:
+def cut(file: str, num_bytes: int) -> Change:
     """A change of a folder: of `file` only the first `num_bytes` are left."""
     return lambda folder: (folder / file).write_bytes((folder / file).read_bytes()[:num_bytes])
 
 
-def without(file: str) -> Callable[[Path], object]:
+def without(file: str) -> Change:
     """A change of a folder: `file` is gone."""
     return lambda folder: (folder / file).unlink()
 
 
-def with_json(file: str, **values: Any) -> Callable[[Path], object]:
+def with_json(file: str, **values: Any) -> Change:
     """A change of a folder: `values` in the JSON object of `file`; None leaves one out."""
 
     def change(folder: Path) -> None:

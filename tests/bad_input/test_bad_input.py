@@ -8,16 +8,16 @@ from pathlib import Path
 import pytest
 
 from bigsae.commands import run_command
-from tests.bad_input import commands, config_files, datasets, folders, train_options
+from tests.bad_input import caches, checkpoints, commands, config_files, datasets, saes, train_options
 from tests.bad_input.cases import Case, check_message, content, main_of, make_home
 
 TABLES = {
     "train": train_options.CASES,
     "config": config_files.CASES,
     "dataset": datasets.CASES,
-    "checkpoint": folders.CHECKPOINTS,
-    "sae": folders.SAES,
-    "cache": folders.CACHES,
+    "checkpoint": checkpoints.CASES,
+    "sae": saes.CASES,
+    "cache": caches.CASES,
     "command": commands.CASES,
 }
 CASES: dict[str, Case] = {
