@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import json
 import re
+import textwrap
 import types
 import typing
 from pathlib import Path
@@ -62,7 +63,9 @@ def _nearest(name: str, hints: dict[str, Any]) -> str:
     if rest in groups.get(group, {}):
         return f": write {rest!r} under {group!r}"
     near = difflib.get_close_matches(name, hints, n=1, cutoff=0.5)
-    return f": the nearest is {near[0]!r}" if near else f"; known are {', '.join(sorted(hints))}"
+    if near:
+        return f": the nearest is {near[0]!r}"
+    return f": known are {textwrap.shorten(', '.join(sorted(hints)), _KNOWN, placeholder=' …')}"
 
 
 def _required(f: dataclasses.Field) -> bool:
@@ -150,6 +153,7 @@ class _Loader(yaml.SafeLoader):
 # ValueError is that of json; with the others PyYAML fails on values like `!!int ""` and `!!timestamp x`.
 _UNREADABLE = (ValueError, LookupError, AttributeError, TypeError)
 _REASON = 250
+_KNOWN = 200
 _MERGE = "tag:yaml.org,2002:merge"
 # YAML 1.1, which PyYAML reads, takes 1e-4 for a word: it wants a point and a sign, as in 1.0e-4.
 _Loader.add_implicit_resolver(

@@ -197,8 +197,8 @@ def _load(path: Path, num_weights: int) -> dict[str, Tensor]:
             for entry in entries:
                 if entry.filename.endswith("data.pkl"):
                     _check_pickle(file.read(entry), path)
-    except (OSError, zipfile.BadZipFile, NotImplementedError, RuntimeError) as error:
-        # The last two: of a version of zip, or with a password, that no writer of tensors uses.
+    except (OSError, EOFError, ValueError, zipfile.BadZipFile, NotImplementedError, RuntimeError) as error:
+        # The last two: of a version of zip, or with a password, that no writer of tensors uses. The first: torn names.
         raise UserError(f"{path} cannot be read ({error}): save or download it again") from None
     try:
         tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)

@@ -76,7 +76,9 @@ def _points(sweep: Sequence[str]) -> list[dict[str, Any]]:
     else:
         grid = dict(map(_axis, sweep))
         if len(grid) < len(sweep):
-            raise UserError(f"--sweep {' '.join(sweep)[:100]}: each option once, with all its values behind it")
+            raise UserError(
+                f"--sweep {' '.join(sweep)[:100]}: each option once, with all its values behind it"
+            )
     axes = [value if isinstance(value, list) else [value] for value in grid.values()]
     if (number := math.prod(map(len, axes))) > _MOST:
         raise UserError(
