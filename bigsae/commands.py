@@ -18,10 +18,14 @@ Config = TypeVar("Config")
 
 # torchrun ends the other ranks as soon as one fails. Rank 0 has the word, so the others leave it this long.
 _SECONDS_FOR_RANK_0 = 10.0
+_TRUST = ("--lm.trust-remote-code", "--lm.no-trust-remote-code")
 
 
 def parse_train_config(arguments: list[str]) -> TrainConfig:
-    """The configuration from the command line; `--config <file>` gives the defaults of all other flags."""
+    """The configuration from the command line; `--config <file>` gives the defaults of all other flags.
+
+    But for code of others: a file, which may be another's config.json, cannot ask for it to be run. Raises UserError.
+    """
     default = None
     for i, argument in enumerate(arguments):
         if argument == "--config" or argument.startswith("--config="):
@@ -32,6 +36,12 @@ def parse_train_config(arguments: list[str]) -> TrainConfig:
             default = read_flags(TrainConfig, value or arguments[i + 1], tyro.MISSING)
             arguments = rest
             break
+    said = {argument.partition("=")[0].replace("_", "-") for argument in arguments}
+    if default is not None and default.lm.trust_remote_code and not said.intersection(_TRUST):
+        raise UserError(
+            f"--config asks for the code of a model's repository to be run: add {_TRUST[0]} to allow it, or "
+            f"{_TRUST[1]}"
+        )
     config = tyro.cli(
         TrainConfig,
         prog="bigsae.train",

@@ -10,6 +10,7 @@ from typing import Any
 
 from bigsae.config import TrainConfig, UserError
 from bigsae.configfile import read_config
+from bigsae.hub.load import check_inside
 from bigsae.training.checkpoint import checkpoints, read_state
 
 _SAE_FILES = ("cfg.json", "ae.pt")
@@ -78,6 +79,8 @@ def _read_run(path: Path, label: str) -> RunFolder:
         f"{row['hookpoint']}/{row['variant']}" if row.get("variant") else row["hookpoint"] for row in rows
     )
     names |= dict.fromkeys(_written(path))
+    for name in names:
+        check_inside(name)  # metrics.jsonl may come from anyone
     whole = checkpoints(path / "checkpoints")
     saved = read_state(whole[-1]) if whole else None
     return RunFolder(

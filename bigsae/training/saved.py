@@ -90,6 +90,7 @@ def read_saved(checkpoint: Path) -> Saved:
             counts = from_dict(_Counters, counters, f"state.json: {name}")
             if len(counts.window) != 3:
                 raise UserError(f"state.json: {name}: window must hold 3 counts")
+            _check_counts(counts.step, *counts.window, *vars(counts.firing).values(), parsed.num_unlogged)
         if parsed.num_ranks < 1 or parsed.num_latent < 1 or parsed.num_ranks % parsed.num_latent:
             raise UserError("state.json: its ranks cannot be right")
         if parsed.owners.keys() != parsed.trainers.keys() or not all(
@@ -177,6 +178,7 @@ def _check_metadata(folder: Path) -> None:
 # How unpickling fails on bytes that are no pickle, or are one of something else.
 _TORN = (
     pickle.UnpicklingError,
+    RuntimeError,
     EOFError,
     LookupError,
     AttributeError,
