@@ -83,7 +83,7 @@ def test_the_calls_that_may_trust_are_there():
     """Else the rule above looks for calls that are written otherwise."""
     made = {name for path in FILES if "scripts" not in path.parts for name, _ in calls(path)}
     assert made.issuperset(_MAY_TRUST)
-    assert {name for name in made if name.endswith("from_pretrained")} <= set(_MAY_TRUST)
+    assert {name for name in made if name.endswith(".from_pretrained")} <= set(_MAY_TRUST)
 
 
 def test_the_yaml_loader_is_a_safe_one():
@@ -193,7 +193,3 @@ def test_a_run_keeps_and_says_no_token(tmp_path, monkeypatch, caplog, capfd):
     for secret in secrets.values():
         assert secret not in said
         assert not [path for path in written if secret.encode() in path.read_bytes()]
-    shutil.rmtree(tmp_path / "run")
-    assert os.environ["HF_TOKEN"] in json.dumps(
-        to_dict(dataclasses.replace(config, dataset=secrets["HF_TOKEN"]))
-    )
