@@ -102,7 +102,7 @@ def test_an_output_folder_that_holds_a_run(home, tmp_path, monkeypatch, capsys):
 
 
 def test_a_run_that_failed_before_its_first_checkpoint_can_be_mended(home, tmp_path, monkeypatch, capsys):
-    out, wrong = tmp_path / "out", {"batch_size_tokens": 50_000, "tokens": 50_000, "buffer__tokens": 50_000}
+    out, wrong = tmp_path / "out", {"batch_size_tokens": 8192, "tokens": 8192, "buffer__tokens": 8192}
     refused(monkeypatch, capsys, arguments(home, out, **wrong))
     assert json.loads((out / "status.json").read_text())["status"] == "failed"
     assert "already holds a run" in refused(monkeypatch, capsys, arguments(home, out))

@@ -23,10 +23,12 @@ from tests.bad_input.cases import (
 
 def from_cache(message: str, *changes: Change, **more: Any) -> Case:
     """A training from a copy of the cache, to which `changes` were made."""
-    left_out = dict.fromkeys(("model", "dataset", "ctx_len", "lm__dtype", "lm__micro_batch_rows"))
+    options: dict[str, Any] = dict.fromkeys(
+        ("model", "dataset", "ctx_len", "lm__dtype", "lm__micro_batch_rows")
+    )
     message = message if message.startswith("--") else "--activations.*" + message
-    return train(message, copied("cache", *changes), activations="{tmp}/cache",
-                 **left_out | {"sae__d_sae": 64} | more)  # fmt: skip
+    options |= {"activations": "{tmp}/cache"} | more
+    return train(message, copied("cache", *changes), **options)
 
 
 def shard(**values: Any) -> Change:

@@ -23,8 +23,8 @@ LAST = "checkpoints/step_10"
 
 def resumed(message: str, *changes: Change, **more: Any) -> Case:
     """A run that goes on in a copy of its folder, to which `changes` were made."""
-    return train(message, copied("run", *changes), resume=True, output_dir="{tmp}/run",
-                 **{"checkpoint__every": 5} | more)  # fmt: skip
+    options: dict[str, Any] = {"resume": True, "output_dir": "{tmp}/run", "checkpoint__every": 5} | more
+    return train(message, copied("run", *changes), **options)
 
 
 def harmful_metadata(folder: Path) -> None:

@@ -42,7 +42,7 @@ def mixed(home: Path, tmp: Path) -> None:
 
 
 ROW = list(range(5, 37))
-LONG = {"batch_size_tokens": 8192, "tokens": 8192, "buffer__tokens": 8192}
+LONG: dict[str, Any] = {"batch_size_tokens": 8192, "tokens": 8192, "buffer__tokens": 8192}
 
 CASES: dict[str, Case] = {
     "no such file": train(r"--dataset .*missing\.jsonl: there is no such", dataset="{home}/missing.jsonl"),

@@ -155,23 +155,23 @@ SAELENS, SPARSIFY, DICTIONARY, RUN, CACHE = (
 )  # fmt: skip
 # What is mangled, by name: a folder, its file, how, what reads it, and how many times.
 LOADERS: dict[str, tuple[str, str, Mangle, Load, int]] = {
-    "cfg.json of SAELens": (SAELENS, "cfg.json", _json, read_sae, 1000),
+    "cfg.json of SAELens": (SAELENS, "cfg.json", _json, read_sae, 800),
     "cfg.json of sparsify": (SPARSIFY, "cfg.json", _json, read_sae, 600),
     "config.json of dictionary_learning": (DICTIONARY, "config.json", _json, read_sae, 600),
-    "safetensors of SAELens": (SAELENS, WEIGHTS, _safetensors, read_sae, 1000),
+    "safetensors of SAELens": (SAELENS, WEIGHTS, _safetensors, read_sae, 800),
     "safetensors of sparsify": (SPARSIFY, "sae.safetensors", _safetensors, read_sae, 600),
     "ae.pt": (DICTIONARY, "ae.pt", _bytes, read_sae, 600),
-    "config.json of a run": (RUN, "config.json", _json, lambda f: read_config(f / "config.json"), 1000),
-    "--config": (RUN, "config.json", _json, lambda f: read_flags(TrainConfig, f / "config.json"), 600),
-    "index of a cache": (CACHE, "index.json", _json, _open_cache, 1000),
-    "tokens of a cache": (CACHE, TOKENS, _sized, _open_cache, 500),
-    "activations of a cache": (CACHE, VALUES, _sized, _open_cache, 500),
-    "state of a checkpoint": (RUN, f"{LAST}/state.json", _json, lambda f: checkpoint.read_state(f / LAST), 800),
-    "a rank's state": (RUN, f"{LAST}/rank_0.json", _json, lambda f: checkpoint.read_state(f / LAST), 800),
-    "state, resumed": (RUN, f"{LAST}/state.json", _json, _resume, 12),
-    "a rank's state, resumed": (RUN, f"{LAST}/rank_0.json", _json, _resume, 12),
-    "metadata, resumed": (RUN, f"{LAST}/.metadata", _bytes, _resume, 12),
-    "tensors, resumed": (RUN, f"{LAST}/__0_0.distcp", _bytes, _resume, 12),
+    "config.json of a run": (RUN, "config.json", _json, lambda f: read_config(f / "config.json"), 600),
+    "--config": (RUN, "config.json", _json, lambda f: read_flags(TrainConfig, f / "config.json"), 300),
+    "index of a cache": (CACHE, "index.json", _json, _open_cache, 600),
+    "tokens of a cache": (CACHE, TOKENS, _sized, _open_cache, 300),
+    "activations of a cache": (CACHE, VALUES, _sized, _open_cache, 300),
+    "state of a checkpoint": (RUN, f"{LAST}/state.json", _json, lambda f: checkpoint.read_state(f / LAST), 400),
+    "a rank's state": (RUN, f"{LAST}/rank_0.json", _json, lambda f: checkpoint.read_state(f / LAST), 400),
+    "state, resumed": (RUN, f"{LAST}/state.json", _json, _resume, 8),
+    "a rank's state, resumed": (RUN, f"{LAST}/rank_0.json", _json, _resume, 8),
+    "metadata, resumed": (RUN, f"{LAST}/.metadata", _bytes, _resume, 8),
+    "tensors, resumed": (RUN, f"{LAST}/__0_0.distcp", _bytes, _resume, 8),
 }  # fmt: skip
 
 
