@@ -135,4 +135,20 @@ CASES: dict[str, Case] = {
     "autocast": train(
         r"--lm\.autocast does nothing .*--lm\.dtype float32", lm__autocast=True, lm__dtype="bfloat16"
     ),
+    "more than can be counted": train(
+        r"--tokens 1\d+ is beyond all that can be meant: lower it", tokens=2**60
+    ),
+    "a buffer beyond all memory": train(
+        r"there is no memory for --buffer\.tokens .*: lower --buffer\.tokens or --lm\.micro-batch-rows",
+        buffer__tokens=2**46,
+    ),
+    "an SAE beyond all memory": train(
+        r"there is no memory for \d+ latents of SAE .*: lower --sae\.d-sae", sae__d_sae=2**44
+    ),
+    "more shards than there is memory": train(
+        r"--data\.num-shards \d+ must be at most", data__num_shards=2**40
+    ),
+    "a seed of too many bits": train(r"--seed 18446744073709551616 must be .* below 2\^64", seed=2**64),
+    "an endless wait": train(r"--timeout inf must be .*at most", timeout="inf"),
+    "no wait": train(r"--timeout 0\.0 must be greater than 0", timeout=0),
 }
