@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from bigsae.config import TrainConfig, UserError
+from bigsae.config import TrainConfig, UserError, named
 from bigsae.evaluation.options import EvaluateConfig
 from bigsae.hub.formats import read_sae
 from bigsae.hub.runs import find_saes, run_config
@@ -96,7 +96,8 @@ def read_targets(
 
 def read_saes(folders: Sequence[Path]) -> list[SAE]:
     """The SAEs in `folders`, on the CPU."""
-    return [read_sae(folder) for folder in folders]
+    with named("--saes"):
+        return [read_sae(folder) for folder in folders]
 
 
 def find_hookpoint(

@@ -12,7 +12,7 @@ from bigsae.config import UserError
 from bigsae.data.tokens import merge_states
 from bigsae.parallel import collectives
 from bigsae.training import checkpoint
-from bigsae.training.checkpoint import Saved
+from bigsae.training.saved import Saved, check_saes, check_waiting
 from bigsae.training.state import Run
 
 logger = logging.getLogger("bigsae")
@@ -87,6 +87,8 @@ def resume(run: Run) -> None:
             run.metrics.truncate_after(-1)
         return
     saved = checkpoint.read_state(whole[-1])
+    check_saes(saved, list(run.jobs))
+    check_waiting(saved, run.harvest.buffer.bytes_each())
     state = saved.state
     run.step = run.saved_step = checkpoint.step_of(whole[-1])
     run.finished, run.initialised = state["finished"], state["initialised"]
