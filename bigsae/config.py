@@ -58,7 +58,7 @@ class LMConfig:
     revision: str | None = None
     """Branch, tag or commit of the model on the Hub."""
     trust_remote_code: bool = False
-    """Run the Python code that the model's repository carries."""
+    """Run the Python code that the model's repository carries. A --config file alone cannot ask for it."""
     autocast: bool = False
     """Run the forward under bfloat16 autocast; for weights in float32."""
     compile: bool = False
