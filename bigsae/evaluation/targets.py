@@ -35,11 +35,11 @@ def find_folders(saes: Sequence[str]) -> list[Path]:
     for given in saes:
         path = Path(given)
         if not path.is_dir():
-            raise UserError(f"--saes {given} is no folder: give that of a run or of an SAE")
+            raise UserError(f"--saes: {given} is no folder: give that of a run or of an SAE")
         found = find_saes(path)
         if not found:
             what = "this run has written no SAE yet" if run_config(path) else "it holds no SAE"
-            raise UserError(f"--saes {given}: {what}: give another folder")
+            raise UserError(f"--saes: {given}: {what}: give another folder")
         folders += [path / name for name in found]
     if duplicates := {str(folder) for folder in folders if folders.count(folder) > 1}:
         raise UserError(f"--saes names {sorted(duplicates)[0]} twice: leave one of them out")

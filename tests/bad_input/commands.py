@@ -82,7 +82,7 @@ CASES: dict[str, Case] = {
         "--wandb.name x", r"--wandb\.name .* without --wandb\.project: set"
     ),
     "report: no run": call("report", "", r"RUNS|runs", boxed=True),
-    "report: no such run": call("report", "{home}/nowhere", r"nowhere: no config\.json there: name a folder"),
+    "report: no such run": call("report", "{home}/nowhere", r"nowhere: no config\.json of a run there: name a folder"),
     "report: one twice": call("report", "{home}/run {home}/run", r"named twice, leave one out"),
     "report: no such latent": report("--latents 64", r"--latents 64: .* has latents 0 to 63"),
     "report: a negative latent": report("--latents -1", r"--latents -1: give 0 or more"),

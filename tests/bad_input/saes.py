@@ -63,9 +63,9 @@ CASES: dict[str, Case] = {
     "no such folder": call(
         "evaluate",
         "--saes {home}/nowhere",
-        r"--saes: .*nowhere cannot be read as an SAE.* Give the folder of one SAE",
+        r"--saes: .*nowhere is no folder: give that of a run or of an SAE",
     ),
-    "no configuration": measured("cannot be read as an SAE", "saelens", without("cfg.json")),
+    "no configuration": measured("it holds no SAE: give another folder", "saelens", without("cfg.json")),
     "no weights": measured(
         r"sae_weights\.safetensors cannot be read \(No such file.*" + AGAIN, "saelens", without(WEIGHTS)
     ),
