@@ -6,6 +6,7 @@ import sys
 
 from bigsae.caching.options import CacheConfig, VerifyConfig
 from bigsae.commands import parse_config, run_command
+from bigsae.config import named
 
 
 def main() -> None:
@@ -25,7 +26,8 @@ def main() -> None:
     from bigsae.training.run import Preempted
 
     if isinstance(config, VerifyConfig):
-        open_activations(config.verify).verify()
+        with named("--verify"):
+            open_activations(config.verify).verify()
         print(f"{config.verify}: every file is as it was written")
         return
     stopped_by = None

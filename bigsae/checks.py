@@ -17,7 +17,9 @@ from bigsae.config import (
     SAEConfig,
     TrainConfig,
     UserError,
+    check_timeout,
     lm_kwargs,
+    short,
 )
 
 _TOPK = ("topk", "batchtopk", "matryoshka")
@@ -31,6 +33,10 @@ _DECODER_LR_FACTOR = {"gated": 3.0}
 _B_DEC_INIT = {"standard": "zeros"}
 # A moment in bfloat16 times (1 - this) rounds to itself: half a unit in its last place.
 _BFLOAT16_BETA2 = 2**-8
+# No count of tokens or latents, and no coefficient, is larger; what is would overflow far from here.
+_LARGEST = 2**48
+_SEEDS = 2**64
+_MOST_SHARDS = 2**20
 RESAMPLING_PART = 0.8
 """Latents are not resampled after this part of a run: they need the rest of it to settle."""
 
@@ -157,8 +163,10 @@ def check_sae(sae: SAEConfig, transcoder: bool = False) -> None:
     ):  # fmt: skip
         _at_least(_flag(name), getattr(sae, name), 0)
     prefixes = sae.prefixes or ()
+    for width in prefixes:
+        _not_beyond("--sae.prefixes", width)
     if any(a >= b for a, b in zip((0, *prefixes), prefixes, strict=False)):
-        raise UserError(f"--sae.prefixes {' '.join(map(str, prefixes))} must be positive and ascend")
+        raise UserError(f"--sae.prefixes {' '.join(map(short, prefixes[:8]))} must be positive and ascend")
     _refuse_combinations(sae)
 
 
@@ -283,7 +291,6 @@ def check(config: TrainConfig, num_ranks: int) -> None:
         ("--data.num-shards", config.data.num_shards),
         ("--data.epochs", config.data.epochs),
         ("--eval.rows", config.eval.rows),
-        ("--timeout", config.timeout),
         ("--max-hours", config.max_hours),
     ):
         _positive(flag, value)
@@ -294,12 +301,18 @@ def check(config: TrainConfig, num_ranks: int) -> None:
         ("--hub.push-every", config.hub.push_every),
         ("--check-replicas-every", config.check_replicas_every),
         ("--data.heldout-documents", config.data.heldout_documents),
-        ("--seed", config.seed),
     ):
         _at_least(flag, value, 0)
     if config.data.heldout_seed is not None:
         _at_least("--data.heldout-seed", config.data.heldout_seed, 0)
     _at_least("--ctx-len", config.ctx_len, 2)
+    if not 0 <= config.seed < _SEEDS:
+        raise UserError(f"--seed {short(config.seed)} must be at least 0 and below 2^64")
+    check_timeout(config.timeout)
+    if config.data.num_shards > _MOST_SHARDS:
+        raise UserError(
+            f"--data.num-shards {config.data.num_shards} must be at most {_MOST_SHARDS}: each has a cursor in memory"
+        )
     check_sae(config.sae)
     check_optim(config.optim)
     check_together(config.sae, config.optim, config.tokens)
@@ -364,9 +377,16 @@ def _flag(name: str) -> str:
 
 def _positive(flag: str, value: float | None) -> None:
     if value is not None and not value > 0:
-        raise UserError(f"{flag} {value} must be greater than 0")
+        raise UserError(f"{flag} {short(value)} must be greater than 0")
+    _not_beyond(flag, value)
 
 
 def _at_least(flag: str, value: float | None, least: float) -> None:
     if value is not None and not value >= least:
-        raise UserError(f"{flag} {value} must be at least {least}")
+        raise UserError(f"{flag} {short(value)} must be at least {least}")
+    _not_beyond(flag, value)
+
+
+def _not_beyond(flag: str, value: float | None) -> None:
+    if value is not None and value > _LARGEST:
+        raise UserError(f"{flag} {short(value)} is beyond all that can be meant: lower it")

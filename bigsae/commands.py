@@ -26,7 +26,10 @@ def parse_train_config(arguments: list[str]) -> TrainConfig:
 
 
 def parse_config(kind: type[Config], prog: str, arguments: list[str], description: str = "") -> Config:
-    """The configuration dataclass `kind` from the command line; `--config <file>` gives other flags' defaults."""
+    """The configuration dataclass `kind` from the command line; `--config <file>` gives other flags' defaults.
+
+    But for code of others: a file, which may be another's config.json, cannot ask for it to be run. Raises UserError.
+    """
     default: Any = None
     for i, argument in enumerate(arguments):
         if argument == "--config" or argument.startswith("--config="):
@@ -37,6 +40,7 @@ def parse_config(kind: type[Config], prog: str, arguments: list[str], descriptio
             default = read_flags(kind, value or arguments[i + 1], tyro.MISSING)
             arguments = rest
             break
+    _check_trust(default, {argument.partition("=")[0].replace("_", "-") for argument in arguments})
     return tyro.cli(
         kind,
         prog=prog,
@@ -45,6 +49,17 @@ def parse_config(kind: type[Config], prog: str, arguments: list[str], descriptio
         description=f"{kind.__doc__} --config FILE reads defaults of any flags from YAML or JSON{description}.",
         console_outputs=is_main(),
     )
+
+
+def _check_trust(default: Any, said: set[str]) -> None:
+    """Refuse values of a file that ask for the code of a model's repository, where no flag has `said` as much."""
+    group = "lm." if hasattr(default, "lm") else ""
+    flags = (f"--{group}trust-remote-code", f"--{group}no-trust-remote-code")
+    asks = getattr(getattr(default, "lm", default), "trust_remote_code", False) is True
+    if asks and not said.intersection(flags):
+        raise UserError(
+            f"--config asks for the code of a model's repository to be run: add {flags[0]} to allow it, or {flags[1]}"
+        )
 
 
 def run_command(main: Callable[[], None]) -> None:

@@ -7,12 +7,38 @@ defaults that depend on other values.
 from __future__ import annotations
 
 import json
+import reprlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 
 class UserError(Exception):
     """A mistake that the user can mend. The message names the flag and the fix; commands print it and exit with 2."""
+
+
+@contextmanager
+def named(flag: str) -> Iterator[None]:
+    """Have each UserError within it begin with `flag`, by which the user gave what is wrong."""
+    try:
+        yield
+    except UserError as error:
+        text = str(error)
+        raise type(error)(text if text.startswith(flag) else f"{flag}: {text}") from error.__cause__
+
+
+# YAML's references make endless values of a few lines.
+_REPR = reprlib.Repr()
+_REPR.maxlevel, _REPR.maxstring, _REPR.maxother = 2, 100, 100
+
+
+def short(value: Any) -> str:
+    """`value`, which may be anything, as a part of a message: its repr, cut where that is long."""
+    try:
+        return _REPR.repr(value)
+    except ValueError:  # Python prints no integer of more than 4,300 digits
+        return f"a {type(value).__name__} too long to print"
 
 
 @dataclass(frozen=True)
@@ -32,7 +58,7 @@ class LMConfig:
     revision: str | None = None
     """Branch, tag or commit of the model on the Hub."""
     trust_remote_code: bool = False
-    """Run the Python code that the model's repository carries."""
+    """Run the Python code that the model's repository carries. A --config file alone cannot ask for it."""
     autocast: bool = False
     """Run the forward under bfloat16 autocast; for weights in float32."""
     compile: bool = False
@@ -351,11 +377,22 @@ class TrainConfig:
         return num_batches - num_batches % self.optim.accumulation_steps
 
 
+_MOST_MINUTES = 60 * 24 * 366
+
+
+def check_timeout(minutes: float) -> None:
+    """Find a `--timeout` that no clock can wait for. Raises UserError."""
+    if not 0 < minutes <= _MOST_MINUTES:
+        raise UserError(
+            f"--timeout {short(minutes)} must be greater than 0 and at most {_MOST_MINUTES}, a year of minutes"
+        )
+
+
 def lm_kwargs(lm: LMConfig) -> dict[str, Any]:
     """`--lm.kwargs` as a dictionary. Raises UserError."""
     try:
         kwargs = json.loads(lm.kwargs)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(
             f'--lm.kwargs is not JSON ({error}): write it like \'{{"attn_implementation": "sdpa"}}\''
         ) from None

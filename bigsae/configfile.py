@@ -6,7 +6,7 @@ import dataclasses
 import difflib
 import json
 import re
-import reprlib
+import textwrap
 import types
 import typing
 from pathlib import Path
@@ -14,11 +14,7 @@ from typing import Any, Literal
 
 import yaml
 
-from bigsae.config import TrainConfig, UserError
-
-# YAML's references make endless values of a few lines.
-_REPR = reprlib.Repr()
-_REPR.maxlevel, _REPR.maxstring = 2, 100
+from bigsae.config import TrainConfig, UserError, short
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -33,11 +29,13 @@ def from_dict(cls: type, values: dict[str, Any], where: str, missing: Any = data
     case an unknown name or a value of the wrong type, raises UserError, which names it under `where`.
     """
     if not isinstance(values, dict):
-        raise UserError(f"{where}: expected options and their values, found {_REPR.repr(values)}")
+        raise UserError(f"{where}: expected options and their values, found {short(values)}")
     hints = typing.get_type_hints(cls)
     for name in values:
         if name not in hints:
-            raise UserError(f"{where}: unknown option {name!r}{_nearest(str(name), hints)}")
+            # In YAML a name may be anything.
+            near = _nearest(name[:100] if isinstance(name, str) else "", hints)
+            raise UserError(f"{where}: unknown option {short(name)}{near}")
     built = {}
     for f in dataclasses.fields(cls):
         inner = f"{where}: {f.name}"
@@ -73,7 +71,9 @@ def _nearest(name: str, hints: dict[str, Any]) -> str:
     if rest in groups.get(group, {}):
         return f": write {rest!r} under {group!r}"
     near = difflib.get_close_matches(name, hints, n=1, cutoff=0.5)
-    return f": the nearest is {near[0]!r}" if near else f"; known are {', '.join(sorted(hints))}"
+    if near:
+        return f": the nearest is {near[0]!r}"
+    return f": known are {textwrap.shorten(', '.join(sorted(hints)), _KNOWN, placeholder=' …')}"
 
 
 def _required(f: dataclasses.Field) -> bool:
@@ -85,7 +85,7 @@ def _typed(hint: Any, value: Any, where: str) -> Any:
     if origin is Literal:
         if value in arguments:
             return value
-        raise UserError(f"{where}: {_REPR.repr(value)} is none of {', '.join(map(str, arguments))}")
+        raise UserError(f"{where}: {short(value)} is none of {', '.join(map(str, arguments))}")
     if origin in (typing.Union, types.UnionType):
         if value is None and type(None) in arguments:
             return None
@@ -93,41 +93,46 @@ def _typed(hint: Any, value: Any, where: str) -> Any:
     if origin is tuple:
         if isinstance(value, (list, tuple)):
             return tuple(_typed(arguments[0], item, where) for item in value)
-        raise UserError(f"{where}: expected a list, found {_REPR.repr(value)}")
+        raise UserError(f"{where}: expected a list, found {short(value)}")
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError:
+            raise UserError(f"{where}: {short(value)} is larger than any float") from None
+    hint = origin or hint
     if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
-        raise UserError(f"{where}: expected {hint.__name__}, found {_REPR.repr(value)}")
+        raise UserError(f"{where}: expected {hint.__name__}, found {short(value)}")
     return value
 
 
 def read_config(path: str | Path) -> TrainConfig:
     """A run's configuration from its config.json. Raises UserError where it is absent or malformed."""
-    return read_flags(TrainConfig, path, where=str(path))
+    return _read(TrainConfig, path, f"the run's {path}", dataclasses.MISSING)
 
 
-def read_flags(
-    cls: type, path: str | Path, missing: Any = dataclasses.MISSING, where: str | None = None
-) -> Any:
-    """The configuration dataclass `cls` with the values of a file that may hold a part of them.
+def read_flags(cls: type, path: str | Path, missing: Any = dataclasses.MISSING) -> Any:
+    """The configuration dataclass `cls` with the values of the file of --config, which may hold a part of them.
 
-    A name ending in .json is read as JSON, any other as YAML; `missing` is that of `from_dict`. Raises UserError,
-    which begins with `where` (default: --config and the path), where the file cannot be read, or holds an option or a
-    value that there is not.
+    A name ending in .json is read as JSON, any other as YAML; `missing` is that of `from_dict`. Raises UserError where
+    the file cannot be read, or holds an option or a value that there is not.
     """
+    return _read(cls, path, f"--config {path}", missing)
+
+
+def _read(cls: type, path: str | Path, where: str, missing: Any) -> Any:
     path = Path(path)
-    where = where or f"--config {path}"
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
-        raise UserError(f"{where} cannot be read: {error.strerror}") from None
+        raise UserError(f"{where} cannot be read: {error.strerror}: give a .yaml or .json file") from None
     except UnicodeDecodeError:
         raise UserError(f"{where} is not text in UTF-8: give a .yaml or .json file") from None
     kind = "JSON" if path.suffix == ".json" else "YAML"
     try:
         values = json.loads(text, object_pairs_hook=_object) if kind == "JSON" else yaml.load(text, _Loader)
-    except (ValueError, yaml.YAMLError, RecursionError) as error:
-        raise UserError(f"{where} is not {kind}: {' '.join(str(error).split())}") from None
+    except (*_UNREADABLE, yaml.YAMLError, RecursionError) as error:
+        reason = " ".join(str(error).split())[:_REASON]
+        raise UserError(f"{where} is not {kind}: {reason or type(error).__name__}: mend it there") from None
     return from_dict(cls, {} if values is None else values, where, missing)
 
 
@@ -153,6 +158,10 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+# ValueError is that of json; with the others PyYAML fails on values like `!!int ""` and `!!timestamp x`.
+_UNREADABLE = (ValueError, LookupError, AttributeError, TypeError)
+_REASON = 250
+_KNOWN = 200
 _MERGE = "tag:yaml.org,2002:merge"
 # YAML 1.1, which PyYAML reads, takes 1e-4 for a word: it wants a point and a sign, as in 1.0e-4.
 _Loader.add_implicit_resolver(

@@ -55,7 +55,21 @@ def test_every_configuration_comes_back_from_its_file(tmp_path_factory, config, 
     path = tmp_path_factory.mktemp("file") / ("config.yaml" if as_yaml else "config.json")
     plain = to_dict(config)
     path.write_text(yaml.safe_dump(plain, allow_unicode=True) if as_yaml else json.dumps(plain))
-    assert parse_train_config(["--config", str(path)]) == config
+    allowed = ["--lm.trust-remote-code"] if config.lm.trust_remote_code else []
+    assert parse_train_config(["--config", str(path), *allowed]) == config
+
+
+@pytest.mark.parametrize("form", ["--config", "--config="])
+def test_a_file_alone_runs_nobodys_code(tmp_path, form):
+    """It may be another's config.json, of which the model card says that it makes the run again."""
+    flag, path = write(tmp_path, RECIPE + "lm: {trust_remote_code: true}\n")
+    file = [flag, path] if form == "--config" else [f"{flag}={path}"]
+    with pytest.raises(
+        UserError, match=r"--config asks for the code .* add --lm\.trust-remote-code to allow it"
+    ):
+        parse_train_config([*file, "--output-dir", "x"])
+    for flag, trusted in (("--lm.trust-remote-code", True), ("--lm.no-trust-remote-code", False)):
+        assert parse_train_config([*file, "--output-dir", "x", flag]).lm.trust_remote_code is trusted
 
 
 def write(folder: Path, text: str, name: str = "run.yaml") -> list[str]:
@@ -119,8 +133,8 @@ REFUSED = {
     "as a flag": ("batch-size-tokens: 8", "unknown option 'batch-size-tokens': the nearest is 'batch_size_tokens'"),
     "in the wrong place": ("lr: 1e-4", "unknown option 'lr': 'lr' belongs under 'optim'"),
     "with a point": ("sae.k: 8", "unknown option 'sae.k': write 'k' under 'sae'"),
-    "far from all": ("zzzzzzzz: 1", "unknown option 'zzzzzzzz'; known are "),
-    "a number for a name": ("7: 1", "unknown option 7"),
+    "far from all": ("zzzzzzzz: 1", "unknown option 'zzzzzzzz': known are "),
+    "a number for a name": ("7: 1", "unknown option 7: known are"),
     "a word for a number": ("tokens: many", "tokens: expected int, found 'many'"),
     "yes for a number": ("sae: {k: yes}", "sae: k: expected int, found True"),
     "one for a list": ("hookpoints: model.layers.6", "hookpoints: expected a list, found 'model.layers.6'"),

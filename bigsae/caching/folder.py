@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from bigsae.caching.options import CacheConfig
-from bigsae.config import UserError
+from bigsae.config import UserError, short
 from bigsae.lm import loading
 
 logger = logging.getLogger("bigsae")
@@ -47,14 +47,18 @@ def check_same(config: CacheConfig, folder: Path) -> None:
         )
     try:
         before = json.loads((folder / MADE).read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"--resume: {folder / MADE} cannot be read: {error}") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(
+            f"--resume: {folder / MADE} cannot be read ({error}): give another --output-dir"
+        ) from None
+    if not isinstance(before, dict):
+        raise UserError(f"--resume: {folder / MADE} is not what was written: give another --output-dir")
     for name, value in identity(config).items():
         if before.get(name) != value:
             flag = "--" + name.replace("_", "-")
             raise UserError(
-                f"--resume: {flag} is {value!r}, the cache in {folder} has {before.get(name)!r}: give the same, or "
-                "another --output-dir"
+                f"--resume: {flag} is {value!r}, the cache in {folder} has {short(before.get(name))}: give the "
+                "same, or another --output-dir"
             )
 
 

@@ -207,20 +207,30 @@ class _Writing:
         return ShardBuffer(num_rows, self.config.ctx_len, self.widths, dtype)
 
     def _gather(self, buffer: ShardBuffer, total: int, show: Callable[[int], None]) -> tuple[int, bool]:
-        """Forwards of one shard. Returns the activations so far, of all ranks, and whether these are all."""
+        """Forwards of one shard. Returns the activations so far, of all ranks, and whether these are all.
+
+        What one rank finds wrong with its own data all raise, so that the first of them has it to print.
+        """
         finite = torch.ones(len(self.widths), dtype=torch.bool, device=self.mesh.device)
         ended = False
         for _ in range(self.num_forwards):
-            rows = list(itertools.islice(self.source.rows, self.micro_rows))
             before = buffer.num_activations
-            if rows:
-                self._harvest(torch.stack(rows), buffer, finite)
+            chosen, message = None, ""
+            try:
+                chosen = self._next_rows()
+            except UserError as error:
+                message = str(error)
+            if chosen is not None:
+                self._harvest(*chosen, buffer, finite)
             else:  # a sharded model needs all ranks for each forward
                 self.source.extract(torch.zeros(1, self.config.ctx_len, dtype=torch.int64))
+            goes_on = chosen is not None and len(chosen[0]) == self.micro_rows
             counts = torch.tensor(
-                [buffer.num_activations - before, len(rows) == self.micro_rows, self.stop.number is not None]
+                [buffer.num_activations - before, goes_on, self.stop.number is not None, bool(message)]
             )
-            num_new, num_going_on, num_stopping = collectives.sum_(counts, self.mesh.control).tolist()
+            num_new, num_going_on, num_stopping, wrong = collectives.sum_(counts, self.mesh.control).tolist()
+            if wrong:
+                raise UserError(collectives.first_text(message, self.mesh.control))
             if num_stopping:
                 logger.info("told to stop: what all ranks have written stays, --resume goes on from there")
                 raise Preempted(self.stop.number)
@@ -232,16 +242,24 @@ class _Writing:
         self._refuse_non_finite(finite)
         return total, ended
 
-    def _harvest(self, rows: Tensor, buffer: ShardBuffer, finite: Tensor) -> None:
-        """Run the LM on `rows` [rows, ctx_len], and put what is kept into the buffer."""
+    def _next_rows(self) -> tuple[Tensor, Tensor] | None:
+        """Rows [rows, ctx_len], and which of their activations are kept [rows, ctx_len]; None: no more."""
+        rows = list(itertools.islice(self.source.rows, self.micro_rows))
+        return self._with_kept(torch.stack(rows)) if rows else None
+
+    def _with_kept(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         kept = self.source.kept(rows)
-        chosen = kept.flatten().nonzero().squeeze(1)
-        self.rows_in_vain = 0 if len(chosen) else self.rows_in_vain + len(rows)
+        self.rows_in_vain = 0 if kept.any() else self.rows_in_vain + len(rows)
         if self.rows_in_vain >= _ROWS_IN_VAIN:
             raise UserError(
                 f"{self.rows_in_vain} rows in a row hold special tokens alone: look at --dataset, or keep them with "
                 "--data.no-drop-special-tokens"
             )
+        return rows, kept
+
+    def _harvest(self, rows: Tensor, kept: Tensor, buffer: ShardBuffer, finite: Tensor) -> None:
+        """Run the LM on `rows` [rows, ctx_len], and put what is `kept` of them into the buffer."""
+        chosen = kept.flatten().nonzero().squeeze(1)
         taken = {}
         for i, (name, values) in enumerate(self.source.extract(rows).items()):
             activations = values.flatten(0, 1)[chosen.to(values.device)].to(getattr(torch, self.config.dtype))
@@ -263,7 +281,7 @@ class _Writing:
         buffer = self._buffer(len(own))
         finite = torch.ones(len(self.widths), dtype=torch.bool, device=self.mesh.device)
         for part in own.split(self.micro_rows):
-            self._harvest(part, buffer, finite)
+            self._harvest(*self._with_kept(part), buffer, finite)
         self._refuse_non_finite(finite)
         return self._write_place(buffer, HELDOUT, None)
 

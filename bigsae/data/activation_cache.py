@@ -26,6 +26,7 @@ from bigsae.data.cache_index import HELDOUT, CacheFile, Index, Shard
 ACTIVATIONS, INPUT_IDS, KEPT, STARTS = "activations", "input_ids", "kept", "starts"
 # Mapped files that are kept open; to open one takes some tens of microseconds.
 _OPEN_FILES = 2048
+_REASON = 200
 _SAFETENSORS_DTYPES = {"float32": "F32", "bfloat16": "BF16"}
 
 
@@ -112,7 +113,9 @@ class ActivationCache:
             for file in (shard.tokens, *(shard.activations[name] for name in self.hookpoints)):
                 with self._path(file).open("rb") as opened:
                     if hashlib.file_digest(opened, "sha256").hexdigest() != file.sha256:
-                        raise UserError(f"{self._path(file)} is not what was written: its checksum differs")
+                        raise UserError(
+                            f"{self._path(file)} is not what was written, its checksum differs: write the cache again"
+                        )
 
     def _find(self, number: int) -> tuple[int, int]:
         """Shard of row `number`, and its place there."""
@@ -128,15 +131,20 @@ class ActivationCache:
     def _check_size(self, file: CacheFile) -> None:
         path = self._path(file)
         if not path.is_file():
-            raise UserError(f"{path} is missing: the cache is not whole")
+            raise UserError(f"{path} is missing, the cache is not whole: write or download it again")
         if (size := path.stat().st_size) != file.bytes:
-            raise UserError(f"{path} has {size} bytes, its index says {file.bytes}: the cache is broken")
+            raise UserError(
+                f"{path} has {size} bytes, its index says {file.bytes}: write or download it again"
+            )
 
     def _open(self, file: CacheFile) -> Any:
         try:
             return safe_open(self._path(file), "pt")
         except (OSError, SafetensorError) as error:
-            raise UserError(f"{self._path(file)} cannot be read: {error}") from None
+            reason = " ".join(str(error).split())[:_REASON]
+            raise UserError(
+                f"{self._path(file)} cannot be read ({reason}): write or download it again"
+            ) from None
 
     def _slice(self, file: CacheFile, name: str, shape: tuple[int, ...], dtype: str) -> Any:
         opened = self._open(file)

@@ -12,6 +12,7 @@ import logging
 import torch
 from torch import Tensor
 
+from bigsae.parallel.allocating import enough_memory
 from bigsae.seeds import derive_seed
 
 logger = logging.getLogger("bigsae")
@@ -39,10 +40,14 @@ class ActivationBuffer:
         slots = capacity + headroom
         self._device = device
         self._pinned = device.type == "cpu" and torch.cuda.is_available()
-        self.storage = {
-            name: torch.empty(slots, d_in, dtype=dtype, device=device, pin_memory=self._pinned)
-            for name, d_in in widths.items()
-        }
+        with enough_memory(
+            f"--buffer.tokens {capacity} and {headroom} of --lm.micro-batch-rows at {len(widths)} hookpoints",
+            "lower --buffer.tokens or --lm.micro-batch-rows",
+        ):
+            self.storage = {
+                name: torch.empty(slots, d_in, dtype=dtype, device=device, pin_memory=self._pinned)
+                for name, d_in in widths.items()
+            }
         self._generator = torch.Generator().manual_seed(derive_seed(seed, "buffer", rank))
         self._unread = torch.empty(0, dtype=torch.int64)  # slots, in reading order
         self._order = self._unread.to(device)  # the same, where the storage is
@@ -62,6 +67,10 @@ class ActivationBuffer:
     def num_bytes(self) -> int:
         """Size of the storage."""
         return sum(t.numel() * t.element_size() for t in self.storage.values())
+
+    def bytes_each(self) -> int:
+        """Size of one activation of every hookpoint."""
+        return sum(s.shape[1] * s.element_size() for s in self.storage.values())
 
     def write(self, activations: dict[str, Tensor]) -> None:
         """Take in `[n, d_in]` activations of each hookpoint, n at most `headroom`; read after the next `shuffle`."""

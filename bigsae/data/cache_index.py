@@ -19,12 +19,15 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
-from bigsae.config import UserError
+from bigsae.config import UserError, short
 from bigsae.configfile import from_dict
 
 FORMAT = "bigsae activation cache"
 VERSION = 1
 INDEX = "index.json"
+# An id in int32, and whether it is kept; bytes of an element of each dtype.
+_TOKEN_BYTES = 5
+_BYTES = {"bfloat16": 2, "float32": 4}
 HELDOUT = -1
 """Place of the rows that are kept aside."""
 
@@ -118,11 +121,15 @@ def read_index(path: Path) -> Index:
             f"{path} cannot be read ({error.strerror}): give the folder of a finished cache"
         ) from None
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not JSON: {error}") from None
+        raise UserError(f"{path} is not JSON ({error}): write the cache, or download it, again") from None
     if not isinstance(values, dict) or values.pop("format", None) != FORMAT:
-        raise UserError(f"{path} is not the index of an activation cache")
+        raise UserError(
+            f"{path} is not the index of an activation cache: give a folder that bigsae.cache_activations made"
+        )
     if (version := values.pop("version", None)) != VERSION:
-        raise UserError(f"{path} has version {version!r}, this bigsae reads {VERSION}")
+        raise UserError(
+            f"{path} has version {short(version)}, this bigsae reads {VERSION}: write the cache again"
+        )
     shards = values.pop("shards", None)
     if not isinstance(shards, list):
         raise UserError(f"{path}: shards must be a list")
@@ -139,9 +146,9 @@ def _hookpoints(values: Any, path: Path) -> dict[str, int]:
         raise UserError(f"{path}: hookpoints must be an object of widths")
     for name, width in values.items():
         if not isinstance(width, int) or isinstance(width, bool) or width < 1:
-            raise UserError(f"{path}: the width of {name} is {width!r}")
+            raise UserError(f"{path}: the width of {name[:100]} is {short(width)}")
         if not name or "/" in name or "\0" in name or name in (".", ".."):  # it becomes a folder of the run
-            raise UserError(f"{path}: {name!r} is no name of a hookpoint")
+            raise UserError(f"{path}: {short(name)} is no name of a hookpoint")
     return values
 
 
@@ -160,26 +167,34 @@ def parse_shard(values: Any, where: str) -> Shard:
         path = PurePosixPath(file.file)
         outside = path.is_absolute() or ".." in path.parts or "\\" in file.file or "\0" in file.file
         if outside or path.suffix != ".safetensors" or file.bytes < 0:
-            raise UserError(f"{where}: {file.file!r} is no file of a cache")
+            raise UserError(f"{where}: {short(file.file)} is no file of a cache")
     return shard
 
 
 def _check(index: Index, shards: Sequence[Shard], path: Path) -> None:
     """Whether the parts of an index agree with each other."""
     if index.ctx_len < 1 or index.seed < 0:
-        raise UserError(f"{path}: ctx_len {index.ctx_len} or seed {index.seed} cannot be right")
+        raise UserError(f"{path}: ctx_len {short(index.ctx_len)} or seed {short(index.seed)} cannot be right")
     for i, shard in enumerate(shards):
+        # The size on disk is compared with what stands here before anything is read: so no number claims more.
+        if shard.num_rows * index.ctx_len * _TOKEN_BYTES > shard.tokens.bytes:
+            raise UserError(
+                f"{path}: shard {i} has more rows than its file of {shard.tokens.bytes} bytes holds"
+            )
         if shard.activations.keys() != index.hookpoints.keys():
             raise UserError(f"{path}: shard {i} does not hold each hookpoint")
         if shard.num_activations > shard.num_rows * index.ctx_len:
             raise UserError(f"{path}: shard {i} holds more activations than its rows have positions")
+        for name, file in shard.activations.items():
+            if shard.num_activations * index.hookpoints[name] * _BYTES[index.dtype] > file.bytes:
+                raise UserError(f"{path}: shard {i} has more activations at {name[:100]} than its file holds")
     if len({(shard.lane, shard.place) for shard in shards}) < len(shards):
         raise UserError(f"{path} names a shard twice")
     counted = with_shards(index, shards)
     for name in ("num_rows", "num_activations", "num_heldout_rows", "num_heldout_activations"):
         if getattr(index, name) != getattr(counted, name):
             raise UserError(
-                f"{path}: {name} is {getattr(index, name)}, its shards hold {getattr(counted, name)}"
+                f"{path}: {name} is {short(getattr(index, name))}, its shards hold {getattr(counted, name)}"
             )
     if not index.num_activations:
         raise UserError(f"{path}: the cache holds nothing to train on")

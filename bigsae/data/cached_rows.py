@@ -19,8 +19,9 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from bigsae.config import DataConfig, UserError
+from bigsae.config import DataConfig, UserError, short
 from bigsae.data.activation_cache import ActivationCache
+from bigsae.data.cursors import own_cursors
 from bigsae.data.sources import permuted
 from bigsae.seeds import derive_seed
 
@@ -136,11 +137,10 @@ class CachedRows(Iterator[Tensor]):
         for name, value in self._identity().items():
             if state.get(name) != value:
                 raise UserError(
-                    f"{_FLAGS[name]} is {value}, but {state.get(name)} in the checkpoint: "
+                    f"{_FLAGS[name]} is {value}, but {short(state.get(name))} in the checkpoint: "
                     "a run goes on with the activations it began with"
                 )
-        cursors = {values["shard"]: LaneCursor(**values) for values in state["cursors"]}
-        self._restart([cursors[lane] for lane in self._lanes])
+        self._restart(own_cursors(LaneCursor, state, self._lanes))
 
     def _identity(self) -> dict[str, Any]:
         return {

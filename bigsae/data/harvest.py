@@ -93,28 +93,48 @@ class Harvest:
         self.load(whole, {"num_unread": 0, "num_new": len(next(iter(whole.values())))}, refilling=True)
 
     def _gather(self, finite: Tensor, should_stop: Callable[[], bool]) -> bool:
-        """Forwards until every rank's buffer is full or its data has ended. Returns whether it was stopped before."""
+        """Forwards until every rank's buffer is full or its data has ended. Returns whether it was stopped before.
+
+        What one rank finds wrong with its own data all raise, so that the first of them has it to print.
+        """
+        message = ""
         while True:
             wants = not self._exhausted and self.buffer.num_waiting < self.buffer.capacity
-            any_wants, stop = collectives.max_ints([wants, should_stop()], self.mesh.control)
+            any_wants, stop, wrong = collectives.max_ints(
+                [wants, should_stop(), bool(message)], self.mesh.control
+            )
+            if wrong:
+                raise UserError(collectives.first_text(message, self.mesh.control))
             if stop or not any_wants:
                 return bool(stop)
-            rows = list(itertools.islice(self.rows, self.micro_batch_rows)) if wants else []
-            self._exhausted |= wants and len(rows) < self.micro_batch_rows
-            if rows:
-                self._harvest(torch.stack(rows), finite)
-            else:
+            chosen = None
+            try:
+                chosen = self._next_rows() if wants else None
+                if chosen is not None:
+                    self._harvest(*chosen, finite)
+            except UserError as error:
+                message = str(error)
+            if chosen is None:
                 self.extract(torch.zeros(1, self.ctx_len, dtype=torch.int64))
 
-    def _harvest(self, rows: Tensor, finite: Tensor) -> None:
-        """Run the LM on `rows` [rows, ctx_len], put what is trained on into the buffer, note what is not finite."""
-        keep = self.trained_on(rows).flatten().nonzero().squeeze(1)
+    def _next_rows(self) -> tuple[Tensor, Tensor] | None:
+        """Rows [rows, ctx_len], and which of their activations, counted through, are trained on; None: no more."""
+        rows = list(itertools.islice(self.rows, self.micro_batch_rows))
+        self._exhausted = len(rows) < self.micro_batch_rows
+        if not rows:
+            return None
+        stacked = torch.stack(rows)
+        keep = self.trained_on(stacked).flatten().nonzero().squeeze(1)
         self._rows_in_vain = 0 if len(keep) else self._rows_in_vain + len(rows)
         if self._rows_in_vain >= _ROWS_IN_VAIN:
             raise UserError(
                 f"{self._rows_in_vain} rows in a row hold special tokens alone: look at --dataset, or keep them with "
                 "--data.no-drop-special-tokens"
             )
+        return stacked, keep
+
+    def _harvest(self, rows: Tensor, keep: Tensor, finite: Tensor) -> None:
+        """Run the LM on `rows` [rows, ctx_len]; what `keep` counts goes into the buffer. Notes what is not finite."""
         kept = {}
         for i, (name, values) in enumerate(self.extract(rows).items()):
             kept[name] = values.flatten(0, 1)[keep.to(values.device)]

@@ -46,10 +46,12 @@ def read_origin(dataset: str, data: DataConfig) -> dict[str, Any] | None:
         return None
     try:
         origin = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"--dataset {dataset}: its {ORIGIN_FILE} is not JSON: {error}") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(
+            f"--dataset {dataset}: its {ORIGIN_FILE} is not JSON ({error}): tokenise it again"
+        ) from None
     if not isinstance(origin, dict):
-        raise UserError(f"--dataset {dataset}: its {ORIGIN_FILE} is not a JSON object")
+        raise UserError(f"--dataset {dataset}: its {ORIGIN_FILE} is not a JSON object: tokenise it again")
     return origin
 
 

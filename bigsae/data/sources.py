@@ -9,12 +9,15 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import count, islice
 from typing import Any, NamedTuple
 
 import datasets
 import numpy as np
+import pyarrow as pa
+from datasets.exceptions import DatasetsError
 
 from bigsae.config import DataConfig, UserError
 from bigsae.seeds import derive_seed
@@ -138,9 +141,10 @@ class MapSource:
         )
 
     def _fetch(self, numbers: list[int]) -> list[Any]:
-        column = self.dataset.with_format("arrow")[numbers][self.column]
-        if not self.pretokenised:
-            return column.to_pylist()
+        with _readable(self.label):
+            column = self.dataset.with_format("arrow")[numbers][self.column]
+            if not self.pretokenised:
+                return column.to_pylist()
         return [None if row.values is None else row.values.to_numpy(zero_copy_only=False) for row in column]
 
 
@@ -198,10 +202,13 @@ class StreamSource:
     def _lanes(self, data: DataConfig, starts: Mapping[int, Start], length: int) -> list[_Lane]:
         if not self._by_files(data):
             shards = list(range(data.num_shards))
-            return [_Lane(self._files(1, 0), self.column, shards, starts, length, data.heldout_documents)]
+            heldout = data.heldout_documents
+            return [_Lane(self._files(1, 0), self.column, shards, starts, length, heldout, self.label)]
         held = Counter(v for v, _ in self._heldout_documents(data))
         return [
-            _Lane(self._files(data.num_shards, v), self.column, [v], {v: starts[v]}, length, held[v])
+            _Lane(
+                self._files(data.num_shards, v), self.column, [v], {v: starts[v]}, length, held[v], self.label
+            )
             for v in sorted(starts)
         ]
 
@@ -218,7 +225,8 @@ class StreamSource:
         num_parts = data.num_shards if self._by_files(data) else 1
         parts = ((v, self._files(num_parts, v)) for v in range(num_parts))
         numbered = ((v, document[self.column]) for v, stream in parts for document in stream)
-        documents = list(islice(numbered, data.heldout_documents + 1))
+        with _readable(self.label):
+            documents = list(islice(numbered, data.heldout_documents + 1))
         if len(documents) <= data.heldout_documents:
             raise _all_heldout(data, self.label, len(documents))
         return documents[:-1]
@@ -235,7 +243,9 @@ class _Lane:
         starts: Mapping[int, Start],
         length: int,
         num_heldout: int,
+        label: str,
     ):
+        self.label = label
         self.shards, self.length, self.num_heldout, self.column = shards, length, num_heldout, column
         self.windows = {v: start.position // length for v, start in starts.items()}
         first = min(self.windows, key=lambda v: self.windows[v])
@@ -256,10 +266,11 @@ class _Lane:
         }
         size = self.length * len(self.shards)
         number = -1
-        for number, document in enumerate(islice(self.iterator, size)):
-            v = self.shards[number % len(self.shards)]
-            if v in wanted:
-                wanted[v].append((window * size + number < self.num_heldout, document[self.column]))
+        with _readable(self.label):
+            for number, document in enumerate(islice(self.iterator, size)):
+                v = self.shards[number % len(self.shards)]
+                if v in wanted:
+                    wanted[v].append((window * size + number < self.num_heldout, document[self.column]))
         self.exhausted = number + 1 < size
         self.anchor = self.stream.state_dict()
         for v, part in wanted.items():
@@ -271,6 +282,18 @@ Source = MapSource | StreamSource
 
 def _heldout_seed(data: DataConfig, seed: int) -> int:
     return seed if data.heldout_seed is None else data.heldout_seed
+
+
+@contextmanager
+def _readable(label: str) -> Iterator[None]:
+    """Documents that turn out to be torn, or no text, only when they are read, as a UserError."""
+    try:
+        yield
+    except (UnicodeDecodeError, pa.ArrowException, DatasetsError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"--dataset {label} cannot be read ({reason}): mend or leave out the file that is broken"
+        ) from error
 
 
 def _all_heldout(data: DataConfig, label: str, size: int) -> UserError:

@@ -21,7 +21,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from bigsae.config import DataConfig, UserError
+from bigsae.config import DataConfig, UserError, short
+from bigsae.data.cursors import merge_states, own_cursors
 from bigsae.data.opening import open_dataset
 from bigsae.data.packing import Cursor, EpochEnd, Packer, Row, pack, produce
 from bigsae.data.sources import Document, Source
@@ -183,17 +184,12 @@ class TokenRows(Iterator[torch.Tensor]):
         for name, value in self._identity().items():
             if state.get(name) != value:
                 raise UserError(
-                    f"{_FLAGS[name]} is {value}, but {state.get(name)} in the checkpoint: "
+                    f"{_FLAGS[name]} is {value}, but {short(state.get(name))} in the checkpoint: "
                     "a run goes on with the data it began with"
                 )
-        cursors = {values["shard"]: Cursor(**values) for values in state["cursors"]}
-        missing = [shard for shard in self._shards if shard not in cursors]
-        if missing:
-            raise ValueError(
-                f"the state has no cursor of shards {missing}: merge the states of all ranks first"
-            )
+        cursors = own_cursors(Cursor, state, self._shards)
         self.close()
-        self._restart([cursors[shard] for shard in self._shards])
+        self._restart(cursors)
 
     def _identity(self) -> dict[str, int | None]:
         return {
@@ -236,19 +232,6 @@ def _stop(stop: threading.Event, thread: threading.Thread) -> None:
     stop.set()
     if thread is not threading.current_thread():  # where the garbage collector happens to run in it
         thread.join(timeout=10)
-
-
-def merge_states(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """One state from those of all ranks, from which `TokenRows` of any number of ranks go on."""
-    identities = [{name: value for name, value in state.items() if name != "cursors"} for state in states]
-    if any(identity != identities[0] for identity in identities):
-        raise ValueError("states of different runs cannot be merged")
-    cursors = sorted(
-        (cursor for state in states for cursor in state["cursors"]), key=lambda cursor: cursor["shard"]
-    )
-    if [cursor["shard"] for cursor in cursors] != list(range(states[0]["num_shards"])):
-        raise ValueError("the states do not hold each shard once: those of all ranks are needed")
-    return {**identities[0], "cursors": cursors}
 
 
 def token_mask(rows: torch.Tensor, special_ids: Sequence[int], data: DataConfig) -> torch.Tensor:

@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from bigsae.config import TrainConfig, UserError
+from bigsae.config import TrainConfig, UserError, named
 from bigsae.evaluation.options import EvaluateConfig
 from bigsae.hub.formats import read_sae
 from bigsae.hub.runs import find_saes, run_config
@@ -35,11 +35,11 @@ def find_folders(saes: Sequence[str]) -> list[Path]:
     for given in saes:
         path = Path(given)
         if not path.is_dir():
-            raise UserError(f"--saes {given} is no folder: give that of a run or of an SAE")
+            raise UserError(f"--saes: {given} is no folder: give that of a run or of an SAE")
         found = find_saes(path)
         if not found:
             what = "this run has written no SAE yet" if run_config(path) else "it holds no SAE"
-            raise UserError(f"--saes {given}: {what}: give another folder")
+            raise UserError(f"--saes: {given}: {what}: give another folder")
         folders += [path / name for name in found]
     if duplicates := {str(folder) for folder in folders if folders.count(folder) > 1}:
         raise UserError(f"--saes names {sorted(duplicates)[0]} twice: leave one of them out")
@@ -96,7 +96,8 @@ def read_targets(
 
 def read_saes(folders: Sequence[Path]) -> list[SAE]:
     """The SAEs in `folders`, on the CPU."""
-    return [read_sae(folder) for folder in folders]
+    with named("--saes"):
+        return [read_sae(folder) for folder in folders]
 
 
 def find_hookpoint(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from html import escape
 from typing import Any
 
 from huggingface_hub import ModelCardData
@@ -179,7 +180,7 @@ def _curves(entries: Sequence[Entry], rows: Sequence[Mapping[str, Any]]) -> str:
             [(f"{own[i]['tokens']:,}", *(_number(own[i].get(key)) for key in shown)) for i in picks],
         )
         parts.append(
-            f"<details{' open' if not parts else ''}><summary>{e.name}</summary>\n\n{table}\n\n</details>"
+            f"<details{' open' if not parts else ''}><summary>{escape(e.name)}</summary>\n\n{table}\n\n</details>"
         )
     if len(entries) > _MOST_CURVES:
         parts.append(f"Those of {len(entries) - _MOST_CURVES} more are in `metrics.jsonl`.")

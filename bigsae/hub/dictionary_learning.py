@@ -8,6 +8,7 @@ become JumpReLU SAEs, as in SAELens, and SAEs with thresholds are written as its
 from __future__ import annotations
 
 import math
+import pickletools
 import re
 import zipfile
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bigsae.config import UserError
+from bigsae.config import UserError, short
 from bigsae.hub.weights import check_k, check_tensors, counts, fill, read_json, unit_decoder
 from bigsae.sae.base import SAE, Shape
 from bigsae.sae.gated import GatedSAE
@@ -49,6 +50,12 @@ _TRANSPOSED = ("W_enc", "decoder.weight")
 # Beside the weights, at up to 8 bytes each, the file holds some pickled names, and padding.
 _SLACK_BYTES = 1 << 20
 _ROWS_AT_ONCE = 8192
+# Opcodes that name what is called, and all that a state_dict calls. STACK_GLOBAL, which takes its name from the stack,
+# and so has none here, is of a protocol that torch.save does not use.
+_CALLS = ("GLOBAL", "INST", "STACK_GLOBAL", "EXT1", "EXT2", "EXT4")
+_TENSORS = re.compile(
+    r"collections OrderedDict|torch\._utils _rebuild_(tensor_v2|parameter)|torch \w+Storage|torch\.storage \w+Storage"
+)
 
 
 def exported(sae: SAE) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -127,7 +134,7 @@ def read(folder: Path) -> SAE:
     trainer = config.get("trainer")
     name = trainer.get("dict_class") if isinstance(trainer, dict) else None
     if not isinstance(trainer, dict) or not isinstance(name, str) or name not in _CLASSES:
-        raise UserError(f"{path}: dict_class {name!r} cannot be loaded; known is {', '.join(_CLASSES)}")
+        raise UserError(f"{path}: dict_class {short(name)} cannot be loaded; known is {', '.join(_CLASSES)}")
     d_in, d_sae = counts(trainer, path, "activation_dim", "dict_size")
     apply_b_dec_to_input = name not in ("AutoEncoderNew", "JumpReluAutoEncoder")
     shape = Shape(d_in, d_sae, apply_b_dec_to_input=apply_b_dec_to_input)
@@ -162,7 +169,10 @@ def _read_tensors(path: Path, name: str, trainer: dict[str, Any], d_in: int, d_s
     if name in _WITH_K:
         found = tensors.pop("k", None)
         if found is None or found.numel() != 1 or found.item() != trainer.get("k"):
-            raise UserError(f"{path}: it holds k {found}, config.json says {trainer.get('k')!r}")
+            said = short(trainer.get("k"))
+            raise UserError(
+                f"{path}: its k is not the {said} that config.json says: save or download both again"
+            )
     if name == "MatryoshkaBatchTopKSAE":
         # All groups are active in what is saved; config.json has their sizes.
         tensors.pop("group_sizes", None)
@@ -178,20 +188,42 @@ def _load(path: Path, num_weights: int) -> dict[str, Tensor]:
     try:
         with zipfile.ZipFile(path) as file:
             entries = file.infolist()
-    except (OSError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path} cannot be read: {error}") from None
-    num_bytes = sum(entry.file_size for entry in entries)
-    if num_bytes > 8 * num_weights + _SLACK_BYTES or any(entry.compress_type for entry in entries):
-        raise UserError(
-            f"{path}: {num_bytes} bytes are not the {num_weights} weights that config.json calls for: it is not loaded"
-        )
+            num_bytes = max(path.stat().st_size, sum(entry.file_size for entry in entries))
+            if num_bytes > 8 * num_weights + _SLACK_BYTES or any(entry.compress_type for entry in entries):
+                raise UserError(
+                    f"{path}: {num_bytes} bytes are not the {num_weights} weights that config.json calls for: it is "
+                    "not loaded"
+                )
+            for entry in entries:
+                if entry.filename.endswith("data.pkl"):
+                    _check_pickle(file.read(entry), path)
+    except (OSError, EOFError, ValueError, zipfile.BadZipFile, NotImplementedError, RuntimeError) as error:
+        # The last two: of a version of zip, or with a password, that no writer of tensors uses. The first: torn names.
+        raise UserError(f"{path} cannot be read ({error}): save or download it again") from None
     try:
         tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # A pickle that is torn, or none of tensors, fails in any way.
-        raise UserError(f"{path} cannot be read as tensors: {error}") from None
+        # Without torch's text, which tells how to load it all the same.
+        kind = type(error).__name__
+        raise UserError(f"{path} cannot be read as tensors ({kind}): save or download it again") from None
     if not isinstance(tensors, dict) or not all(_is_plain(tensor) for tensor in tensors.values()):
         raise UserError(f"{path} holds other things than tensors: it is not loaded")
     return dict(tensors)
+
+
+def _check_pickle(pickled: bytes, path: Path) -> None:
+    """Find what a file of tensors has no use for; what torch allows beyond it can take any amount of memory."""
+    try:
+        called = {
+            str(argument) for opcode, argument, _ in pickletools.genops(pickled) if opcode.name in _CALLS
+        }
+    except ValueError as error:
+        raise UserError(f"{path} is torn ({error}): save or download it again") from None
+    foreign = {name for name in called if not _TENSORS.fullmatch(name)}
+    if foreign:
+        raise UserError(
+            f"{path} holds other things than tensors ({short(min(foreign))}): it may be harmful, and is not loaded"
+        )
 
 
 def _is_plain(value: Any) -> bool:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -134,7 +135,11 @@ def _folder(output: str | Path | None) -> Iterator[Path]:
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"--output {output} is there and not empty: give another folder")
     folder.mkdir(parents=True, exist_ok=True)
-    yield folder
+    try:
+        yield folder
+    except UserError:
+        shutil.rmtree(folder)  # it was new, or empty
+        raise
 
 
 def _write(folder: Path, name: str, sae: SAE, sparsity: Tensor | None, config: ExportConfig) -> Entry:

@@ -70,9 +70,19 @@ def save_sae(
 def read_sae(folder: str | Path) -> SAE:
     """The SAE that bigsae, SAELens, sparsify or dictionary_learning wrote to `folder`, on the CPU, in float32.
 
-    Raises UserError where it holds none that bigsae knows.
+    Raises UserError where it holds none that bigsae knows, or one whose weights are not numbers.
     """
     folder = Path(folder)
+    sae = _read(folder)
+    for name, weights in sae.state_dict().items():
+        if weights.is_floating_point() and bool(weights.max().isnan()):  # a maximum of NaNs is one
+            raise UserError(
+                f"{folder}: its {name} holds NaN: it was broken in training, take an earlier checkpoint"
+            )
+    return sae
+
+
+def _read(folder: Path) -> SAE:
     if (folder / "cfg.json").exists():
         # Both weights' files are there where an SAE was saved over one of the other format; cfg.json came last.
         saelens_wrote = "architecture" in read_json(folder / "cfg.json")

@@ -46,8 +46,10 @@ def run_config(folder: Path) -> TrainConfig | None:
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} cannot be read: {' '.join(str(error).split())[:200]}") from None
+    except OSError as error:
+        raise UserError(f"the run's {path} cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"the run's {path} is not JSON: {' '.join(str(error).split())[:200]}") from None
     if not isinstance(values, dict) or not values.keys() >= _OURS:
         return None
     return read_config(path)

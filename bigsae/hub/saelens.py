@@ -12,7 +12,7 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor
 
-from bigsae.config import UserError
+from bigsae.config import UserError, short
 from bigsae.hub.weights import check_k, check_tensors, counts, fill, read_json, read_safetensors, unit_decoder
 from bigsae.sae.base import SAE, Shape
 from bigsae.sae.gated import GatedSAE
@@ -120,7 +120,7 @@ def _refuse_other_kinds(config: dict[str, Any], path: Path) -> None:
         value = config.get(name, default)
         if value not in values:
             raise UserError(
-                f"{path}: {name} {value!r} cannot be loaded; known is {', '.join(str(v) for v in values)}"
+                f"{path}: {name} {short(value)} cannot be loaded; known is {', '.join(str(v) for v in values)}"
             )
 
 
@@ -152,7 +152,9 @@ def _as_version_6(config: dict[str, Any], path: Path) -> dict[str, Any]:
         renamed |= {"architecture": "topk", "k": arguments.get("k") if isinstance(arguments, dict) else None}
     elif activation != "relu":
         # SAELens 6 would take it for a ReLU.
-        raise UserError(f"{path}: activation function {activation!r} cannot be loaded; known is relu, topk")
+        raise UserError(
+            f"{path}: activation function {short(activation)} cannot be loaded; known is relu, topk"
+        )
     return renamed
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bigsae.config import UserError
+from bigsae.config import UserError, short
 from bigsae.hub.weights import check_k, check_tensors, counts, fill, read_json, read_safetensors
 from bigsae.sae.base import SAE, Shape
 from bigsae.sae.topk import TopKSAE
@@ -64,7 +64,7 @@ def read(folder: Path) -> SAE:
     path = folder / "cfg.json"
     config = read_json(path)
     if config.get("activation", "topk") != "topk":
-        raise UserError(f"{path}: activation {config['activation']!r} cannot be loaded; known is topk")
+        raise UserError(f"{path}: activation {short(config['activation'])} cannot be loaded; known is topk")
     d_in, k = counts(config, path, "d_in", "k")
     # 0 stands for none, as in sparsify.
     if config.get("num_latents"):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from bigsae.config import UserError
+from bigsae.config import UserError, short
 from bigsae.sae.base import SAE
 
 
@@ -23,18 +23,38 @@ def read_json(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}): give the folder of an SAE") from None
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not JSON: {error}") from None
+        raise UserError(f"{path} is not JSON ({error}): save or download it again") from None
     if not isinstance(values, dict):
-        raise UserError(f"{path} holds no configuration of an SAE")
+        raise UserError(f"{path} holds no configuration of an SAE: give the folder of an SAE")
     return values
 
 
+# Others cannot be told apart from garbage, or be copied into float32.
+_WEIGHTS = (
+    torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2,
+)  # fmt: skip
+_REASON = 200
+
+
 def read_safetensors(path: Path) -> dict[str, Tensor]:
-    """The tensors in `path`, on the CPU."""
+    """The tensors of weights in `path`, on the CPU."""
     try:
-        return load_file(path)
+        tensors = load_file(path)
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from None
+        reason = " ".join(str(error).split())[:_REASON]
+        raise UserError(f"{path} cannot be read ({reason}): save or download it again") from None
+    _check_types(tensors, path)
+    return tensors
+
+
+def _check_types(tensors: Mapping[str, Tensor], path: Path) -> None:
+    for name, tensor in tensors.items():
+        if tensor.dtype not in _WEIGHTS:
+            raise UserError(f"{path}: {short(name)} is {tensor.dtype}, which holds no weights")
+
+
+MOST = 2**31
+"""More latents, or a wider activation, there are not; products of two of these can be printed and compared."""
 
 
 def counts(config: Mapping[str, Any], path: Path, *names: str) -> tuple[int, ...]:
@@ -42,7 +62,9 @@ def counts(config: Mapping[str, Any], path: Path, *names: str) -> tuple[int, ...
     for name in names:
         value = config.get(name)
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise UserError(f"{path}: {name} {value!r} must be an integer greater than 0")
+            raise UserError(f"{path}: {name} {short(value)} must be an integer greater than 0")
+        if value > MOST:
+            raise UserError(f"{path}: {name} {short(value)} is beyond all that an SAE can have")
     return tuple(config[name] for name in names)
 
 
@@ -55,11 +77,18 @@ def check_k(k: int, d_sae: int, path: Path) -> None:
 def check_tensors(tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], path: Path) -> None:
     """Find tensors, read from `path`, other than those of `shapes`."""
     found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    if found != dict(shapes):
-        raise UserError(f"{path}: its configuration calls for {dict(shapes)}, it holds {found}")
-    for name, tensor in tensors.items():
-        if not tensor.is_floating_point():
-            raise UserError(f"{path}: {name} is {tensor.dtype}, which holds no weights")
+    for name, shape in shapes.items():
+        if found.get(name) != shape:
+            there = f"{list(found[name])}" if name in found else f"no such tensor, only {_names(found)}"
+            raise UserError(f"{path}: its configuration calls for {name} {list(shape)}, it holds {there}")
+    if more := found.keys() - shapes.keys():
+        raise UserError(f"{path}: its configuration does not call for {_names(more)}, which it holds")
+    _check_types(tensors, path)
+
+
+def _names(names: Iterable[str]) -> str:
+    """As much of `names` as a message takes."""
+    return short(sorted(names))
 
 
 def fill(sae: SAE, tensors: Mapping[str, Tensor], metadata: Any) -> SAE:

@@ -50,7 +50,11 @@ _RESERVED_KWARGS = {
     "tp_size": "--lm.shard-size",
     "output_loading_info": "--model",
     "token": "the environment's HF_TOKEN",  # here it would be written to config.json
+    "use_auth_token": "the environment's HF_TOKEN",
+    "weights_only": "bigsae, which unpickles nothing,",
 }
+# By these transformers runs code of repositories on the Hub, whatever trust_remote_code says.
+_RUNS_CODE = ("use_kernels", "allow_all_kernels", "attn_implementation", "experts_implementation")
 # Arguments by which the Hub is asked; the configuration and the weights both need them.
 _HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "proxies", "subfolder")
 
@@ -60,6 +64,12 @@ def _kwargs(lm: LMConfig) -> dict[str, Any]:
     for name, flag in _RESERVED_KWARGS.items():
         if name in kwargs:
             raise UserError(f"--lm.kwargs sets {name!r}: leave it out, {flag} decides it")
+    for name in _RUNS_CODE:
+        foreign = kwargs.get(name) is True or "/" in str(kwargs.get(name))
+        if foreign and not lm.trust_remote_code:
+            raise UserError(
+                f"--lm.kwargs sets {name!r} to code of the Hub: add --lm.trust-remote-code to run it"
+            )
     return kwargs
 
 
@@ -86,6 +96,10 @@ def meta_model(model: str, lm: LMConfig) -> tuple[PreTrainedModel, PreTrainedCon
             model, revision=lm.revision, trust_remote_code=lm.trust_remote_code, **hub, **rest
         )
     except (OSError, ValueError) as error:
+        if "trust_remote_code" in str(error):
+            raise UserError(
+                f"--model {model} brings code of its own: read it, and add --lm.trust-remote-code to run it"
+            ) from None
         raise UserError(f"--model {model} cannot be opened: {_first_lines(error)}") from error
     if config.is_encoder_decoder:
         raise UserError(f"--model {model} is an encoder-decoder: use a decoder-only (causal) language model")

@@ -11,7 +11,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 
-from bigsae.config import UserError
+from bigsae.config import UserError, check_timeout
 
 _PACKAGES = {"wandb": ("wandb",), "tensorboard": ("tensorboardX", "tensorboard"), "trackio": ("trackio",)}
 
@@ -19,8 +19,10 @@ _PACKAGES = {"wandb": ("wandb",), "tensorboard": ("tensorboardX", "tensorboard")
 def join_launch(timeout: float, trackers: Sequence[str] = (), **options: Any) -> Accelerator:
     """Join the ranks of this launch; each waits for another one for `timeout` minutes at most.
 
-    `options` are those of `accelerate.Accelerator`. Raises UserError where the package of a tracker is not installed.
+    `options` are those of `accelerate.Accelerator`. Raises UserError for a `timeout` that is none, and where the
+    package of a tracker is not installed.
     """
+    check_timeout(timeout)
     for name in trackers:
         # Accelerate leaves it out in silence.
         if not any(find_spec(package) for package in _PACKAGES[name]):

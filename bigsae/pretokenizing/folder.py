@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from bigsae.config import UserError
+from bigsae.config import UserError, short
 from bigsae.data.origin import ORIGIN_FILE
 from bigsae.hub.files import sync_folder, write_json
 
@@ -40,11 +40,10 @@ def open_folder(out: Path, made: dict[str, Any], resume: bool) -> Path | None:
         what = "is whole already" if is_whole else "holds work that was interrupted"
         raise UserError(f"--output-dir {out} {what}: go on with --resume, or choose another folder")
     if is_whole:
-        own = json.loads((out / ORIGIN_FILE).read_text()).get("bigsae", {})
-        _check_same(out, own.get("made", {}), made)
+        _check_same(out, _read(out, ORIGIN_FILE, "bigsae", "made"), made)
         return None
     if (work / _MADE).is_file():
-        _check_same(out, json.loads((work / _MADE).read_text()), made)
+        _check_same(out, _read(out, f"{_WORK}/{_MADE}"), made)
         return work
     if present - {_WORK}:
         raise UserError(
@@ -60,12 +59,29 @@ def begin(work: Path, made: dict[str, Any]) -> None:
             write_json(work / _MADE, made)
 
 
+def _read(out: Path, file: str, *names: str) -> dict[str, Any]:
+    """The object in `file` of `out`, or the one in it under `names`, one within the other."""
+    try:
+        values = json.loads((out / file).read_text())
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(
+            f"--resume: {file} in --output-dir {out} cannot be read ({error}): choose another folder"
+        ) from None
+    for name in names:
+        values = values.get(name) if isinstance(values, dict) else None
+    if not isinstance(values, dict):
+        raise UserError(
+            f"--resume: {file} in --output-dir {out} was not written by this command: choose another folder"
+        )
+    return values
+
+
 def _check_same(out: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
     for flag, value in now.items():
         if before.get(flag) != value:
             raise UserError(
-                f"{flag} is {value}, but {before.get(flag)} in --output-dir {out}: --resume goes on with what it began "
-                "with; choose another folder for this"
+                f"{flag} is {value}, but {short(before.get(flag))} in --output-dir {out}: --resume goes on with what "
+                "it began with; choose another folder for this"
             )
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from bigsae.config import TrainConfig, UserError
+from bigsae.hub.load import check_inside
 from bigsae.hub.runs import find_saes, is_sae, read_rows, run_config
 from bigsae.training.checkpoint import checkpoints, read_state
 
@@ -80,6 +81,8 @@ def _read_run(path: Path, config: TrainConfig, label: str) -> RunFolder:
         f"{row['hookpoint']}/{row['variant']}" if row.get("variant") else row["hookpoint"] for row in rows
     )
     names |= dict.fromkeys(find_saes(path))
+    for name in names:
+        check_inside(name)  # metrics.jsonl may come from anyone
     whole = checkpoints(path / "checkpoints")
     saved = read_state(whole[-1]) if whole else None
     return RunFolder(

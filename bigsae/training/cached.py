@@ -12,7 +12,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from torch import Tensor
 
-from bigsae.config import DataConfig, LMConfig, TrainConfig, UserError
+from bigsae.config import DataConfig, LMConfig, TrainConfig, UserError, named
 from bigsae.configfile import from_dict
 from bigsae.data.activation_cache import ActivationCache
 from bigsae.data.cache_index import INDEX, Index, read_index
@@ -45,6 +45,7 @@ class FoundCache:
     commit: str | None = None
 
 
+@named("--activations")
 def find_cache(name: str) -> FoundCache:
     """The cache of `--activations name`, a folder or on the Hub (its index is downloaded). Raises UserError."""
     if (folder := Path(name).expanduser()).is_dir():
@@ -63,6 +64,7 @@ def find_cache(name: str) -> FoundCache:
     return FoundCache(name, folder, read_index(folder / INDEX), repository, folder.name)
 
 
+@named("--activations")
 def open_cache(found: FoundCache, hookpoints: Sequence[str]) -> ActivationCache:
     """The cache with the files of `hookpoints`; from the Hub these are downloaded now. Raises UserError."""
     if found.repository is None:

@@ -11,12 +11,11 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
+import re
 import shutil
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +27,12 @@ from bigsae.config import UserError
 from bigsae.hub.files import sync_folder, write_json
 from bigsae.parallel import collectives
 from bigsae.parallel.mesh import Mesh
+from bigsae.training.saved import Saved, load, read_saved
 
 logger = logging.getLogger("bigsae")
 
 _MARKER = "COMPLETE"
+_NAME = re.compile(r"step_[0-9]{1,18}")
 
 
 class NotSaved(Exception):
@@ -120,7 +121,8 @@ def _checksums(files: Iterable[Path]) -> dict[str, tuple[int, str]]:
 
 def checkpoints(folder: Path) -> list[Path]:
     """The checkpoints in `folder` that were written to their end, oldest first."""
-    whole = [path for path in folder.glob("step_*") if (path / _MARKER).is_file()]
+    named = (path for path in folder.glob("step_*") if _NAME.fullmatch(path.name))
+    whole = [path for path in named if (path / _MARKER).is_file()]
     return sorted(whole, key=step_of)
 
 
@@ -175,25 +177,9 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("step_"))
 
 
-@dataclass(frozen=True)
-class Saved:
-    """A checkpoint's numbers."""
-
-    folder: Path
-    num_ranks: int
-    """Ranks that wrote it."""
-    state: dict[str, Any]
-    """The same on every rank."""
-    ranks: list[dict[str, Any]]
-    """Each rank's own."""
-
-
 def read_state(checkpoint: Path) -> Saved:
-    """The numbers of `checkpoint`, of all ranks."""
-    state = json.loads((checkpoint / "state.json").read_text())
-    num_ranks = state["num_ranks"]
-    ranks = [json.loads((checkpoint / f"rank_{rank}.json").read_text()) for rank in range(num_ranks)]
-    return Saved(checkpoint, num_ranks, state, ranks)
+    """The numbers of `checkpoint`, of all ranks. Raises UserError where they cannot be right."""
+    return read_saved(checkpoint)
 
 
 def load_tensors(
@@ -201,20 +187,18 @@ def load_tensors(
 ) -> None:
     """Fill `tensors`, and this rank's own `rank_tensors`, in place with what the checkpoint holds under their names.
 
-    DTensors get their part of the rows, on whatever mesh they were written. All ranks call this.
+    DTensors get their part of the rows, on whatever mesh they were written. All ranks call this. Raises UserError where
+    the checkpoint does not hold them.
     """
     own = {f"rank_{mesh.rank}/{name}": tensor for name, tensor in rank_tensors.items()}
-    reader = dcp.FileSystemReader(os.fspath(saved.folder))
     with _single_process_unremarked(mesh):
-        dcp.load(
-            tensors | own, storage_reader=reader, process_group=mesh.control, no_dist=mesh.num_ranks == 1
-        )
+        load(tensors | own, saved, mesh.control, alone=mesh.num_ranks == 1)
 
 
 def read_tensors(saved: Saved, tensors: dict[str, Tensor]) -> None:
-    """Fill `tensors` in place, on this rank alone, under their whole names."""
+    """Fill `tensors` in place, on this rank alone, under their whole names. Raises UserError as `load_tensors`."""
     with _single_process_unremarked(None):
-        dcp.load(tensors, storage_reader=dcp.FileSystemReader(os.fspath(saved.folder)), no_dist=True)
+        load(tensors, saved, None, alone=True)
 
 
 @contextmanager

@@ -38,7 +38,10 @@ def check_folder(config: TrainConfig) -> None:
         )
     if not checkpoints(Path(config.output_dir) / "checkpoints"):
         return  # it failed before its first checkpoint: this command starts it afresh, perhaps mended
-    before, now = flat(to_dict(read_config(written))), flat(to_dict(config))
+    try:
+        before, now = flat(to_dict(read_config(written))), flat(to_dict(config))
+    except UserError as error:
+        raise UserError(f"--output-dir: {error}; or give another folder") from None
     for name, value in now.items():
         if before[name] != value and name not in _MAY_CHANGE and name.split(".")[0] not in _MAY_CHANGE_UNDER:
             flag = "--" + name.replace("_", "-")

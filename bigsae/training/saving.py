@@ -12,7 +12,8 @@ from bigsae.config import UserError
 from bigsae.data.tokens import merge_states
 from bigsae.parallel import collectives
 from bigsae.training import checkpoint
-from bigsae.training.checkpoint import NotSaved, Saved
+from bigsae.training.checkpoint import NotSaved
+from bigsae.training.saved import Saved, check_saes, check_waiting
 from bigsae.training.state import Run
 
 logger = logging.getLogger("bigsae")
@@ -155,6 +156,8 @@ def resume(run: Run) -> None:
     newest = checkpoint.newest_whole(run.out / "checkpoints", run.mesh)
     assert newest is not None
     saved = checkpoint.read_state(newest)
+    check_saes(saved, list(run.jobs))
+    check_waiting(saved, run.harvest.buffer.bytes_each())
     state = saved.state
     run.step = run.saved_step = checkpoint.step_of(newest)
     run.finished, run.initialised = state["finished"], state["initialised"]

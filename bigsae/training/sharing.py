@@ -11,6 +11,7 @@ import torch
 from bigsae.checks import check_divides, check_latent, resolve_d_sae, resolve_sae
 from bigsae.config import TrainConfig, UserError
 from bigsae.parallel import collectives
+from bigsae.parallel.allocating import enough_memory
 from bigsae.parallel.choose import choose_latent
 from bigsae.parallel.memory import sae_shape
 from bigsae.parallel.mesh import Mesh, alone, share_latents
@@ -108,15 +109,20 @@ def build_trainers(
         if job.owner not in (None, mesh.rank):
             continue
         sae = job.variant.sae
-        trainers[job.name] = SAETrainer(
-            sae,
-            job.variant.optim,
-            widths[job.reads],
-            config.num_steps,
-            job.variant.seed,
-            mesh if job.owner is None else alone(mesh.device),
-            d_out=widths[job.predicts] if job.predicts != job.reads else None,
-            start=load_start(sae, job.reads, only) if from_scratch else None,
-            shard_optimizer=config.mesh.shard_optimizer,
-        )
+        d_sae = resolve_d_sae(sae, widths[job.reads])
+        with enough_memory(
+            f"{d_sae} latents of SAE {job.name}",
+            "lower --sae.d-sae or --sae.expansion-factor, or use more ranks",
+        ):
+            trainers[job.name] = SAETrainer(
+                sae,
+                job.variant.optim,
+                widths[job.reads],
+                config.num_steps,
+                job.variant.seed,
+                mesh if job.owner is None else alone(mesh.device),
+                d_out=widths[job.predicts] if job.predicts != job.reads else None,
+                start=load_start(sae, job.reads, only) if from_scratch else None,
+                shard_optimizer=config.mesh.shard_optimizer,
+            )
     return trainers

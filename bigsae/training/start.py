@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from bigsae.config import SAEConfig, UserError
+from bigsae.config import SAEConfig, UserError, named
 from bigsae.sae.base import SAE
 
 # What an SAE can start from beside its own kind: batchtopk and matryoshka are stored as jumprelu.
@@ -32,10 +32,8 @@ def load_start(config: SAEConfig, hookpoint: str | None = None, only: bool = Tru
         raise UserError(
             f"--sae.init-from {folder} has no folder {hookpoint}: with several --hookpoints each needs one"
         )
-    try:
+    with named("--sae.init-from"):
         return read_sae(folder)
-    except UserError as error:
-        raise UserError(f"--sae.init-from: {error}") from None
 
 
 @torch.no_grad()

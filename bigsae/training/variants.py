@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
@@ -11,11 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from bigsae.checks import check_optim, check_sae, check_together, resolve_d_sae
-from bigsae.config import OptimConfig, SAEConfig, TrainConfig, UserError
+from bigsae.config import OptimConfig, SAEConfig, TrainConfig, UserError, short
 from bigsae.configfile import from_dict, to_dict
 
 _EXAMPLE = "sae.k=16,32 optim.lr=1e-4,2e-4"
 # What all SAEs of a run share: hookpoints and targets are the run's, and activations come with one start of the SAEs.
+_MOST = 4096
+_LONGEST_NAME = 200
 _NOT_SWEPT = ("output_hookpoint", "init_tokens")
 
 
@@ -60,7 +63,11 @@ def _points(sweep: Sequence[str]) -> list[dict[str, Any]]:
     """The options of each point of the grid, or of each entry of a file's list."""
     if len(sweep) == 1 and "=" not in sweep[0]:
         values = _read(sweep[0])
-        if isinstance(values, list) and values:
+        if isinstance(values, list):
+            if len(values) > _MOST:
+                raise UserError(
+                    f"--sweep {sweep[0][:100]} lists {len(values)} SAEs, at most {_MOST} can be: list fewer"
+                )
             return [_options(point, sweep[0]) for point in values]
         grid = _options(values, sweep[0])
         for option, choices in grid.items():
@@ -69,8 +76,14 @@ def _points(sweep: Sequence[str]) -> list[dict[str, Any]]:
     else:
         grid = dict(map(_axis, sweep))
         if len(grid) < len(sweep):
-            raise UserError(f"--sweep {' '.join(sweep)}: each option once, with all its values behind it")
+            raise UserError(
+                f"--sweep {' '.join(sweep)[:100]}: each option once, with all its values behind it"
+            )
     axes = [value if isinstance(value, list) else [value] for value in grid.values()]
+    if (number := math.prod(map(len, axes))) > _MOST:
+        raise UserError(
+            f"--sweep makes {number} SAEs on each hookpoint, at most {_MOST} can be: give fewer values"
+        )
     return [dict(zip(grid, point, strict=True)) for point in itertools.product(*axes)]
 
 
@@ -84,19 +97,23 @@ def with_sweep_read(config: TrainConfig) -> TrainConfig:
 def _read(path: str) -> Any:
     """The values in the file at `path`, or in `path` itself, as the config.json of a run has them."""
     try:
-        return json.loads(path if path.startswith(("[", "{")) else Path(path).read_text())
+        values = json.loads(path if path.startswith(("[", "{")) else Path(path).read_text())
     except OSError as error:
         raise UserError(
-            f"--sweep {path} cannot be read ({error.strerror}): give a .json file, or options like {_EXAMPLE}"
+            f"--sweep {path[:100]} cannot be read ({error.strerror}): give a .json file, or options like {_EXAMPLE}"
         ) from None
-    except ValueError as error:
-        raise UserError(f"--sweep {path} is not JSON: {error}") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(
+            f"--sweep {path[:100]} is not JSON ({error}): give a .json file, or options like {_EXAMPLE}"
+        ) from None
+    return values if isinstance(values, list) and values else _options(values, path)
 
 
 def _options(values: Any, path: str) -> dict[str, Any]:
     if not isinstance(values, dict) or not values:
         raise UserError(
-            f'--sweep {path}: give an object of lists, {{"sae.k": [16, 32]}}, or a list of objects, [{{"sae.k": 16}}]'
+            f'--sweep {path[:100]}: give an object of lists, {{"sae.k": [16, 32]}}, or a list of objects, '
+            '[{"sae.k": 16}]'
         )
     return values
 
@@ -104,7 +121,7 @@ def _options(values: Any, path: str) -> dict[str, Any]:
 def _axis(text: str) -> tuple[str, list[Any]]:
     option, equals, values = text.partition("=")
     if not equals or not values or not option:
-        raise UserError(f"--sweep {text}: write options with their values, like {_EXAMPLE}")
+        raise UserError(f"--sweep {text[:100]}: write options with their values, like {_EXAMPLE}")
     return option, [_value(value) for value in values.split(",")]
 
 
@@ -112,7 +129,7 @@ def _value(text: str) -> Any:
     """`text` as the number, bool or null that it is in JSON; else as the word."""
     try:
         return json.loads(text.replace("True", "true").replace("False", "false").replace("None", "null"))
-    except ValueError:
+    except (ValueError, RecursionError):
         return text
 
 
@@ -123,15 +140,19 @@ def _variant(config: TrainConfig, options: Mapping[str, Any]) -> Variant:
         known = {"sae": SAEConfig, "optim": OptimConfig}
         if room in known and name in {f.name for f in fields(known[room])} and name not in _NOT_SWEPT:
             (sae if room == "sae" else optim)[name] = value
-        elif (room, name) == ("", "seed") and isinstance(value, int) and value >= 0:
+        elif (room, name) == ("", "seed") and type(value) is int and 0 <= value < 2**64:
             seed = value
         else:
             raise UserError(
-                f"--sweep {option}={value}: sweep options of --sae and --optim, or seed, like {_EXAMPLE}"
+                f"--sweep {option[:100]}={short(value)}: sweep options of --sae and --optim, or seed, like {_EXAMPLE}"
             )
     name = "-".join(
         f"{option.rpartition('.')[2].replace('-', '_')}_{_word(v)}" for option, v in options.items()
     )
+    if len(name) > _LONGEST_NAME:
+        raise UserError(
+            f"--sweep {name[:40]}…: too long for the name of a folder: give fewer or shorter values"
+        )
     return Variant(name, from_dict(SAEConfig, sae, "--sweep"), from_dict(OptimConfig, optim, "--sweep"), seed)
 
 

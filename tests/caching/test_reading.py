@@ -67,7 +67,7 @@ def test_links_out_of_the_folder_are_refused(cache, tmp_path, linked):
 
 def test_files_that_are_not_those_of_the_index(cache):
     (cache / SHARD).rename(cache / "kept")
-    with pytest.raises(UserError, match="is missing: the cache is not whole"):
+    with pytest.raises(UserError, match="is missing, the cache is not whole"):
         bigsae.open_activations(cache)
     (cache / "kept").rename(cache / SHARD)
     whole = (cache / SHARD).read_bytes()

@@ -198,4 +198,4 @@ def test_mistakes(home, tmp_path, monkeypatch, capsys):
     data[-5] ^= 1
     shard.write_bytes(data)
     message = refused(monkeypatch, capsys, "--verify", str(home / "cache"))
-    assert "00001-0000.safetensors is not what was written: its checksum differs" in message
+    assert "00001-0000.safetensors is not what was written, its checksum differs" in message

@@ -165,11 +165,11 @@ def test_states_that_do_not_fit_are_refused(tokenizer):
         load(source=make_source("map", {"text": texts(41)}))
     with pytest.raises(UserError, match="--dataset"):
         load(source=make_source("files", {"text": texts(40)}))
-    with pytest.raises(ValueError, match="no cursor of shards"):
+    with pytest.raises(UserError, match="no cursor of shards"):
         load(state=halves[1])
-    with pytest.raises(ValueError, match="each shard once"):
+    with pytest.raises(UserError, match="each shard once"):
         merge_states(halves[:1])
-    with pytest.raises(ValueError, match="each shard once"):
+    with pytest.raises(UserError, match="each shard once"):
         merge_states([*halves, halves[0]])
-    with pytest.raises(ValueError, match="different runs"):
+    with pytest.raises(UserError, match="different runs"):
         merge_states([halves[0], {**halves[1], "seed": 3}])

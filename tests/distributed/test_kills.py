@@ -22,7 +22,9 @@ from bigsae.training.checkpoint import checkpoints
 from tests.launch import metrics, write_corpus
 from tests.models import tiny_llama
 
-NAME, NUM_KILLS = "model.layers.1", 15
+NAME = "model.layers.1"
+# Of each kind; 30 with one rank and with two.
+KILLS = {"sync": 8, "time": 7}
 TIMEOUT_SECONDS = 30.0
 FINISHED, LOST = 0, 3
 
@@ -119,6 +121,9 @@ def launch(
 @pytest.mark.parametrize("num_ranks", [1, 2])
 def test_killed_anywhere_and_resumed_it_is_the_same_run(home, tmp_path, num_ranks, capfd):
     chance = random.Random(num_ranks)
+    launch(
+        config_of(home, tmp_path / "first", num_ranks), num_ranks, tmp_path, None, chance
+    )  # starts the server
     start = time.monotonic()
     config = config_of(home, tmp_path / "straight", num_ranks)
     assert launch(config, num_ranks, tmp_path, None, chance) == [0] * num_ranks
@@ -128,17 +133,17 @@ def test_killed_anywhere_and_resumed_it_is_the_same_run(home, tmp_path, num_rank
             for row in metrics(tmp_path / "straight")]  # fmt: skip
     killed: Counter[str] = Counter()
     num_runs = 0
-    while sum(killed.values()) < NUM_KILLS:
+    while wanted := [kind for kind, number in KILLS.items() if killed[kind] < number]:
         num_runs += 1
         out = tmp_path / f"run_{num_runs}"
         config = config_of(home, out, num_ranks)
         codes = [1]
         while any(codes):
             kill = None
-            if sum(killed.values()) < NUM_KILLS:
+            if wanted := [kind for kind, number in KILLS.items() if killed[kind] < number]:
                 whom = tuple(range(num_ranks)) if chance.random() < 0.5 else (chance.randrange(num_ranks),)
-                kill = ("time", chance.uniform(0.3, seconds), whom)
-                if chance.random() < 0.5:
+                kill = ("time", chance.uniform(0.2, 0.8 * seconds), whom)
+                if chance.choice(wanted) == "sync":
                     kill = ("sync", chance.randint(1, 90), whom)
             capfd.readouterr()
             codes = launch(config, num_ranks, tmp_path, kill, chance)
@@ -158,5 +163,4 @@ def test_killed_anywhere_and_resumed_it_is_the_same_run(home, tmp_path, num_rank
             assert torch.equal(found.get_parameter(name), value), name
         assert [{k: row[k] for k in like} for row, like in zip(metrics(out), rows, strict=True)] == rows
         assert not list((out / "checkpoints").glob(".*")) and len(checkpoints(out / "checkpoints")) == 2
-    assert min(killed.values()) >= 3, killed
     print(f"{sum(killed.values())} kills ({dict(killed)}) in {num_runs} runs of {num_ranks} ranks")

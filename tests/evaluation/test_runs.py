@@ -109,7 +109,7 @@ def test_a_revision_is_kept_with_the_sae(home, tmp_path, monkeypatch):
         ({"data": bigsae.DataConfig(cached_order="as_made")}, r"--data\.cached-order is of training"),
         ({"wandb": bigsae.WandbConfig(artifacts=False)}, r"--wandb\.no-artifacts is of training"),
         ({"data": bigsae.DataConfig(heldout_seed=1)}, r"--data\.heldout-seed needs"),
-        ({"saes": ("nowhere",)}, "--saes nowhere is no folder"),
+        ({"saes": ("nowhere",)}, "--saes: nowhere is no folder"),
     ],
 )
 def test_what_does_nothing_is_refused(change, message):
@@ -118,7 +118,7 @@ def test_what_does_nothing_is_refused(change, message):
 
 
 def test_folders_without_saes_are_named(tmp_path):
-    with pytest.raises(bigsae.UserError, match=r"--saes .*: it holds no SAE: give another"):
+    with pytest.raises(bigsae.UserError, match=r"--saes: .*: it holds no SAE: give another"):
         bigsae.evaluate_saes(bigsae.EvaluateConfig(saes=(str(tmp_path),), model="m", dataset="text"))
 
 

@@ -233,7 +233,7 @@ def test_thresholds(tmp_path):
         ({"dict_class": "GatedAutoEncoder"}, "holds"),
         ({"dict_size": D_SAE + 1}, "holds"),
         ({"activation_dim": None}, "activation_dim None"),
-        ({"k": K + 1}, f"k {K + 1}|says {K + 1}"),
+        ({"k": K + 1}, f"k is not the {K + 1} that"),
     ],
 )
 def test_refuses_what_it_would_misread(changes, message, tmp_path):

@@ -78,7 +78,7 @@ def test_refuses_what_a_format_cannot_hold(sae, format, message, tmp_path):
         ("saelens", {"k": 1000}, "k 1000"),
         ("saelens", {"d_in": True}, "d_in True"),
         ("saelens", {"d_sae": 63}, "it holds"),
-        ("saelens", {"d_sae": 10**30}, "it holds"),
+        ("saelens", {"d_sae": 10**30}, "d_sae 1000000.* is beyond"),
         ("sparsify", {"activation": "groupmax"}, "activation 'groupmax'"),
         ("sparsify", {"skip_connection": True}, "W_skip"),
         ("sparsify", {"num_latents": 0}, "it holds"),  # then expansion_factor would be taken

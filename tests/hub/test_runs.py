@@ -54,7 +54,7 @@ def test_a_run_of_another_version_or_torn_is_named(tmp_path):
         run_config(tmp_path)
     assert "--config" not in str(error.value)
     (tmp_path / "config.json").write_text('{"model": "m"')
-    with pytest.raises(UserError, match=r"config\.json cannot be read"):
+    with pytest.raises(UserError, match=r"config\.json is not JSON"):
         run_config(tmp_path)
 
 

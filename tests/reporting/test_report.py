@@ -175,6 +175,33 @@ def changed_run(run: Path, **changes: Any) -> Path:
     return run
 
 
+def test_names_options_and_reasons_stay_text(home, tmp_path):
+    evil, name = "</script><script>harm()</script><img src=x onerror=harm()>", "<script>harm()"
+    run = Path(shutil.copytree(home / "plain", tmp_path / name))
+    (run / "model.layers.1").rename(run / name)
+    config = json.loads((run / "config.json").read_text()) | {"model": evil, "dataset": evil}
+    config["data"]["name"] = config["sae"]["init_from"] = evil
+    (run / "config.json").write_text(json.dumps(config))
+    (run / "status.json").write_text(json.dumps({"status": evil, "reason": evil, "step": 1, "tokens": 64}))
+    rows = (run / "metrics.jsonl").read_text().replace('"model.layers.1"', json.dumps(name))
+    (run / "metrics.jsonl").write_text(rows)
+    page = make(tmp_path, run, home / "plain", contexts=False)
+    shown, options = page["runs"][0], dict(page["runs"][0]["options"])
+    assert page["saes"][0]["name"] == shown["label"] == name
+    assert {shown[key] for key in ("status", "reason", "model", "dataset")} == {evil}
+    assert options["data.name"] == options["sae.init_from"] == evil
+    text = (tmp_path / "r.html").read_text()
+    assert text.count("<script") == text.count("</script") == 2 and "<img" not in text
+
+
+def test_a_hookpoint_that_leads_out_is_refused(home, tmp_path):
+    run = Path(shutil.copytree(home / "plain", tmp_path / "run"))
+    row = json.loads((run / "metrics.jsonl").read_text().splitlines()[0]) | {"hookpoint": "../../elsewhere"}
+    (run / "metrics.jsonl").write_text(json.dumps(row) + "\n")
+    with pytest.raises(UserError, match="is no folder below"):
+        make(tmp_path, run, contexts=False)
+
+
 def test_memory_is_the_planners(home, tmp_path):
     memory = make(tmp_path, home / "plain", contexts=False)["runs"][0]["memory"]
     parts = dict(memory["parts"])
