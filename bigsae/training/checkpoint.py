@@ -132,24 +132,32 @@ def newest_whole(folder: Path, mesh: Mesh) -> Path | None:
     One that is not is put aside as damaged_step_<n>, which is said. Raises UserError where all are. All ranks call
     this, and see the same folder.
     """
-    found = checkpoints(folder)
-    for path in reversed(found):
+    damaged: dict[Path, str] = {}
+    for path in reversed(checkpoints(folder)):
         damage = collectives.first_text(_damage(path, mesh), mesh.control)
         if not damage:
+            if mesh.is_main:
+                _put_aside(damaged)
+            collectives.barrier(mesh.control)
             return path
-        if mesh.is_main:
-            aside = path.with_name(f"damaged_{path.name}")
-            shutil.rmtree(aside, ignore_errors=True)
-            path.rename(aside)
-            logger.warning("%s is damaged (%s): it is now %s, and the one before it is taken", path, damage,
-                           aside.name)  # fmt: skip
-        collectives.barrier(mesh.control)
-    if found:
+        damaged[path] = damage
+    if damaged:
+        path, damage = next(iter(damaged.items()))
         raise UserError(
-            f"--resume: all checkpoints in {folder} are damaged (put aside as damaged_step_…): give another "
-            "--output-dir to start afresh"
+            f"--resume: all checkpoints in {folder} are damaged ({path.name}: {damage}): give another --output-dir to "
+            "start afresh"
         )
     return None
+
+
+def _put_aside(damaged: dict[Path, str]) -> None:
+    """Rename checkpoints, so that none is taken for the newest again, or kept in place of a whole one."""
+    for path, damage in damaged.items():
+        aside = path.with_name(f"damaged_{path.name}")
+        shutil.rmtree(aside, ignore_errors=True)
+        path.rename(aside)
+        logger.warning("%s is damaged (%s): it is now %s, and the one before it is taken", path, damage,
+                       aside.name)  # fmt: skip
 
 
 def _damage(checkpoint: Path, mesh: Mesh) -> str:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
@@ -46,7 +45,7 @@ class WindowSums:
             self.num_updates += 1
         squared_error = output.residual.float().square().sum()
         parts = (
-            torch.ones_like(squared_error),
+            torch.full_like(squared_error, len(output.residual)),
             squared_error,
             output.loss,
             *(output.parts[name] for name in self.loss_parts),
@@ -66,8 +65,7 @@ class WindowSums:
         `latents`: those that see the same ones, where only the number of active latents differs.
         """
         sums = collectives.sum_(self.local.clone(), group).tolist()
-        num_ranks = 1 if group is None else dist.get_world_size(group)
-        finite = sums[_FINITE] / (self.num_steps * num_ranks) or math.nan  # a share, 1 but for broken steps
+        finite = sums[_FINITE] / self.num_tokens or math.nan  # a share of the tokens, 1 but for broken steps
         num_active = collectives.sum_(collectives.sum_(self.num_active.clone(), group), latents).item()
         num_skipped = self.num_skipped.item()
         variance = Moments(self.num_tokens, self.total, self.squares).variance().item()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import pickle
 from pathlib import Path
 from typing import Any
@@ -22,9 +24,16 @@ LAST = "checkpoints/step_10"
 
 
 def resumed(message: str, *changes: Change, **more: Any) -> Case:
-    """A run that goes on in a copy of its folder, to which `changes` were made."""
+    """A run that goes on in a copy of its folder, to which `changes` were made, by someone who knows of checksums."""
     options: dict[str, Any] = {"resume": True, "output_dir": "{tmp}/run", "checkpoint__every": 5} | more
-    return train(message, copied("run", *changes), **options)
+    return train(message, copied("run", *changes, sealed), **options)
+
+
+def sealed(folder: Path) -> None:
+    """Have the marker of the newest checkpoint name what is there."""
+    files = [path for path in (folder / LAST).iterdir() if path.name != "COMPLETE"]
+    sums = {p.name: (p.stat().st_size, hashlib.sha256(p.read_bytes()).hexdigest()) for p in files}
+    (folder / LAST / "COMPLETE").write_text(json.dumps({"step": 10, "files": sums}))
 
 
 def harmful_metadata(folder: Path) -> None:

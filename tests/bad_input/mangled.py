@@ -24,7 +24,7 @@ from bigsae.configfile import from_dict, read_config, read_flags
 from bigsae.hub.formats import read_sae
 from bigsae.training import checkpoint
 from tests.bad_input.caches import TOKENS, VALUES
-from tests.bad_input.checkpoints import LAST
+from tests.bad_input.checkpoints import LAST, sealed
 from tests.bad_input.saes import WEIGHTS
 
 # More than a whole test run has any use for beyond what it had before, and less than the numbers below ask for.
@@ -142,6 +142,7 @@ def _open_cache(folder: Path) -> None:
 
 def _resume(folder: Path) -> None:
     """Go on from the checkpoint in `folder`, of a run that has ended: reads all of it, and does nothing."""
+    sealed(folder)
     config = json.loads((folder / "config.json").read_text())
     bigsae.train_saes(from_dict(TrainConfig, config | {"output_dir": str(folder), "resume": True}, "resume"))
 
