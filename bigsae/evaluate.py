@@ -16,12 +16,12 @@ def main() -> None:
     from rich.console import Console
     from torch import distributed as dist
 
-    from bigsae.evaluation.run import evaluate_saes
+    from bigsae.evaluation.run import evaluate_saes, plain
     from bigsae.evaluation.table import as_table
 
     results = evaluate_saes(config)
     if is_main() and config.json:
-        print(json.dumps(results, indent=2))
+        print(json.dumps(plain(results), indent=2))
     elif is_main():
         Console().print(as_table(results))
     if dist.is_initialized():

@@ -22,7 +22,7 @@ def main() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
     if stopped_by is not None:
-        sys.exit(128 + (stopped_by.number or 0))
+        sys.exit(128 + stopped_by.number if stopped_by.number else 0)  # --max-hours is no failure
 
 
 if __name__ == "__main__":

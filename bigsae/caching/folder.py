@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from bigsae.caching.options import CacheConfig
-from bigsae.config import UserError, short
-from bigsae.lm import loading
+from bigsae.config import UserError, lm_kwargs, short
+from bigsae.lm.loading import without_hub_kwargs
 
 logger = logging.getLogger("bigsae")
 
@@ -28,7 +28,7 @@ def identity(config: CacheConfig) -> dict[str, Any]:
     """What a resumed run may not change."""
     values = {name: value for name, value in asdict(config).items() if name not in _MAY_CHANGE}
     values["lm"] = {name: value for name, value in values["lm"].items() if name not in _MAY_CHANGE_LM}
-    values["lm"]["kwargs"] = loading._split_kwargs(config.lm)[1]  # without the Hub's, which may hold a token
+    values["lm"]["kwargs"] = lm_kwargs(without_hub_kwargs(config.lm))
     return json.loads(json.dumps(values))
 
 

@@ -116,7 +116,11 @@ class _Writing:
         self.widths = {site.name: site.d_in for site in sites}
         done = self._take_over()
         with setup.errors_shared(mesh):
-            self._check_disk(sum(w.shard.num_activations for part in done.values() for w in part if w.shard))
+            if mesh.is_main:  # all ranks write to one file system
+                self._check_disk(
+                    sum(w.shard.num_activations for part in done.values() for w in part if w.shard)
+                )
+        with setup.errors_shared(mesh):
             with first_on_node(mesh):
                 text = open_text(
                     config.dataset, self.as_run.data, config.model, config.lm, lm_config, config.ctx_len

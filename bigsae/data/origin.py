@@ -77,9 +77,12 @@ def check_origin(origin: dict[str, Any], dataset: str, model: str, tokenizer: An
         _check_tokenizer(origin, dataset, model, tokenizer)
 
 
-def begins_with_bos(origin: dict[str, Any] | None) -> bool:
-    """Whether the first token of each row is the tokenizer's BOS."""
-    return origin is not None and origin.get("begin_batch_token") == "bos"
+def begins_with_bos(origin: dict[str, Any] | None, ctx_len: int) -> bool:
+    """Whether the first token of each row of `ctx_len` is the tokenizer's BOS; longer rows are cut to several."""
+    if origin is None or origin.get("begin_batch_token") != "bos":
+        return False
+    length = origin.get("context_size")
+    return not isinstance(length, int) or length < 2 * ctx_len
 
 
 def _check_tokenizer(origin: dict[str, Any], dataset: str, model: str, tokenizer: Any) -> None:

@@ -89,7 +89,7 @@ def open_text(
         origin = read_origin(dataset, data)
         if origin is not None:
             check_origin(origin, dataset, model, tokenizer, ctx_len)
-        prepend_bos = begins_with_bos(origin)
+        prepend_bos = begins_with_bos(origin, ctx_len)
     else:
         prepend_bos = tokenizer.bos_token_id is not None
     return Text(dataset, model, data, ctx_len, source, tokenizer, size, prepend_bos)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -150,4 +151,5 @@ def _sums(logits: Tensor, clean: Tensor, batch: Batch) -> Tensor:
 
 def recovered(baseline: float, spliced: float, clean: float) -> float:
     """The part of what an ablation (`baseline`) costs that a reconstruction (`spliced`) does not."""
-    return (baseline - spliced) / (baseline - clean)
+    cost = baseline - clean
+    return (baseline - spliced) / cost if cost else math.nan  # an ablation that changes nothing

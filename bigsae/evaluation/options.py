@@ -15,7 +15,8 @@ class EvaluateConfig:
     """Folders of SAEs or transcoders that bigsae, SAELens, sparsify or dictionary_learning wrote, or of whole runs of
     bigsae."""
     model: str | None = None
-    """Hub id or folder of the language model. Default: the one that the SAEs name."""
+    """Hub id or folder of the language model. Default: the one that the SAEs name, with the --lm.revision, dtype,
+    autocast and kwargs of their run where these are left at their defaults."""
     dataset: str | None = None
     """Hub id or local path, as for training. Default: the dataset of the run that the first SAE lies in, with the run's
     --data, --seed and --ctx-len; so the documents that the run, or its cache, held out, where it did."""

@@ -82,8 +82,8 @@ class ReconstructionSums:
         density = self.firing_counts.double() / num_tokens
         dead, dense = self.firing_counts == 0, density > dense_above
         return {
-            "fvu": sums["squared_error"] / variance,
-            "explained_variance": 1 - sums["squared_error"] / variance,
+            "fvu": _or_nan(sums["squared_error"], variance),
+            "explained_variance": 1 - _or_nan(sums["squared_error"], variance),
             "mse": mean["squared_error"],
             "cosine": mean["cosine"],
             "norm": mean["norm"],

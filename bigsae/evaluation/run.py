@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import math
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import replace
@@ -17,7 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
-from bigsae.config import UserError, WandbConfig
+from bigsae.config import LMConfig, UserError, WandbConfig
 from bigsae.configfile import to_dict
 from bigsae.data.text import Text, open_text
 from bigsae.evaluation.language import Batch
@@ -34,6 +35,7 @@ from bigsae.lm.loading import (
     meta_model,
     process_groups,
     resolve_layout,
+    without_hub_kwargs,
 )
 from bigsae.parallel.launch import join_launch
 from bigsae.parallel.mesh import Mesh, build_mesh
@@ -89,7 +91,7 @@ def _evaluate(config: EvaluateConfig) -> dict[str, Any]:
     measured = measure(Extractor(model, sites), batches, targets, config, mesh)
     results = _about(config, len(rows), int(keep.sum())) | measured
     if mesh.is_main and config.output is not None:
-        write_json(Path(config.output), results)
+        write_json(Path(config.output), plain(results))
     _track(accelerator, config, results)
     return results
 
@@ -98,7 +100,8 @@ def with_defaults(
     config: EvaluateConfig, folders: Sequence[Path], metadata: Sequence[dict[str, Any]]
 ) -> EvaluateConfig:
     """`config` with what the SAEs and their run say in place of None. Raises UserError where neither says."""
-    runs = [run_of(folder) for folder in folders]
+    asked = config.dataset is None or config.model is None
+    runs = [run_of(folder) if asked else None for folder in folders]
     if config.dataset is None:
         run = runs[0]
         if run is None:
@@ -113,6 +116,9 @@ def with_defaults(
             raise UserError(f"--model: {found}: set the language model to measure on")
         ((model, revision),) = filter(None, models)
         lm = replace(config.lm, revision=config.lm.revision or revision)
+        if runs[0] is not None:
+            theirs = {name: getattr(runs[0].lm, name) for name in ("dtype", "autocast", "kwargs")}
+            lm = replace(lm, **{k: v for k, v in theirs.items() if getattr(lm, k) == getattr(LMConfig, k)})
         config = replace(config, model=model, lm=lm)
     if config.ctx_len is None:
         said = metadata[0].get("context_size")
@@ -179,17 +185,38 @@ def _about(config: EvaluateConfig, num_rows: int, num_tokens: int) -> dict[str, 
     }
 
 
+def plain(value: Any) -> Any:
+    """`value` with None in place of NaN, which JSON does not know."""
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [plain(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _histogram(found: dict[str, Any]) -> tuple[list[str], list[list[float]]]:
+    """The firing-density histogram as a table: its columns, and a row for each bar."""
+    edges = found["log10_edges"]
+    rows = [list(row) for row in zip(edges[:-1], edges[1:], found["num_latents"], strict=True)]
+    return ["log10 density from", "to", "latents"], rows
+
+
 def _track(accelerator: Accelerator, config: EvaluateConfig, results: dict[str, Any]) -> None:
     """The numbers to Weights & Biases, where a project is given."""
     wandb: WandbConfig = config.wandb
     if wandb.project is None:
         return
     folder = Path(config.output).parent if config.output is not None else Path()
+    measured = {key: value for key, value in results.items() if key not in ("saes", "joint")}
     accelerator.init_trackers(
         wandb.project,
-        config=without_secrets(to_dict(config)),
+        config=without_secrets(to_dict(replace(config, lm=without_hub_kwargs(config.lm)))) | measured,
         init_kwargs={"wandb": {"name": wandb.name, "entity": wandb.entity, "dir": str(folder)}},
     )
+    for tracker in accelerator.trackers:
+        for name, values in results["saes"].items():
+            columns, rows = _histogram(values["density_histogram"])
+            tracker.log_table(f"{name}/density_histogram", columns, rows, step=0)
     parts = results["saes"] | ({"joint": results["joint"]} if results.get("joint") else {})
     numbers = {
         f"{name}/{key}": value

@@ -98,11 +98,17 @@ def model_card(
     parts = [
         f"---\n{data.to_yaml()}\n---\n",
         f"# {title}",
-        f"Sparse autoencoders of activations of {shown(base_model)}, trained on {shown(dataset)} with bigsae.",
+        _origin(entries, base_model, dataset),
         _table(
             ("folder", "what", "d_in x d_sae", "hookpoint", "trained tokens"),
             [
-                (f"`{e.name}`", e.kind, e.shape, f"`{e.hookpoint}`", f"{e.tokens:,}" if e.tokens else "")
+                (
+                    f"`{e.name}`",
+                    e.kind,
+                    e.shape,
+                    e.hookpoint and f"`{e.hookpoint}`",
+                    f"{e.tokens:,}" if e.tokens else "",
+                )
                 for e in entries
             ],
         ),
@@ -122,6 +128,15 @@ _MEANINGS = (
     "token. dead: share of latents that have not fired for long. The last row that was logged; held-out: on documents "
     "that were never trained on. Learning curves of all rows are in `metrics.jsonl`."
 )
+
+
+def _origin(entries: Sequence[Entry], base_model: str, dataset: str) -> str:
+    """What is known of where they come from; other tools' SAEs that bigsae wrote in its way are not called its own."""
+    ours = all("bigsae_version" in e.metadata for e in entries)
+    text = "Sparse autoencoders" + (f" of activations of {shown(base_model)}" if base_model else "")
+    if dataset or ours:
+        text += ", trained" + (f" on {shown(dataset)}" if dataset else "")
+    return f"{text} with bigsae." if ours else f"{text}. Written by bigsae."
 
 
 def _loading(source: str, on_hub: bool, example: Entry) -> str:
@@ -204,6 +219,10 @@ def _training(config: TrainConfig) -> str:
     )
     again = "All options are in `config.json`; `python -m bigsae.train --config config.json` reads them back."
     return f"{table}\n\n{again}"
+
+
+def _code(text: str) -> str:
+    return f"`{text}`" if text else ""
 
 
 def _number(value: Any) -> str:

@@ -10,16 +10,18 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from bigsae.config import TrainConfig, UserError
+from bigsae.config import HubConfig, TrainConfig, UserError, WandbConfig
 from bigsae.configfile import to_dict
 from bigsae.hub.card import Entry, entry, model_card
 from bigsae.hub.curves import learning_curves
@@ -31,6 +33,7 @@ from bigsae.hub.repository import commit_folder, open_repository
 from bigsae.hub.runs import find_saes, read_rows, run_config
 from bigsae.hub.secrets import without_secrets
 from bigsae.hub.weights import read_safetensors
+from bigsae.lm.loading import without_hub_kwargs
 from bigsae.progress import Progress
 from bigsae.sae.base import SAE
 
@@ -92,14 +95,14 @@ def _publish(
         raise UserError("nothing to do: set --push-to-hub user/name, or --output folder")
     if repo_id is not None:
         open_repository(repo_id, config.private, "--push-to-hub")
-    with _folder(config.output) as folder:
+    with _folder(config.output, config.run) as folder:
         entries = []
         with Progress("exporting", num_saes, "SAEs") as progress:
             for name, sae, sparsity in saes:
                 entries.append(_write(folder, name, sae, sparsity, config))
                 progress.advance()
         if trained is not None:
-            write_json(folder / "config.json", without_secrets(to_dict(trained)))
+            write_json(folder / "config.json", without_secrets(to_dict(_for_others(trained))))
         if rows:
             lines = "".join(json.dumps(without_secrets(row)) + "\n" for row in rows)
             write_atomic(folder / "metrics.jsonl", lambda path: path.write_text(lines))
@@ -108,7 +111,7 @@ def _publish(
             write_atomic(folder / _CURVES, lambda path: path.write_text(without_secrets(curves)))
         origin = entries[0].metadata
         card = model_card(
-            repo_id or str(config.output),
+            repo_id or Path(str(config.output)).name,
             repo_id is not None,
             entries,
             trained,
@@ -125,13 +128,30 @@ def _publish(
         return commit_folder(folder, repo_id, message, "--push-to-hub")
 
 
+def _for_others(config: TrainConfig) -> TrainConfig:
+    """The run's configuration without where its author logs and publishes, and how this machine reaches the Hub."""
+    return replace(
+        config,
+        output_dir=Path(config.output_dir).name,
+        resume=False,
+        log_with=(),
+        wandb=WandbConfig(),
+        hub=HubConfig(),
+        lm=without_hub_kwargs(config.lm),
+    )
+
+
 @contextmanager
-def _folder(output: str | Path | None) -> Iterator[Path]:
+def _folder(output: str | Path | None, run: str | Path) -> Iterator[Path]:
     if output is None:
-        with tempfile.TemporaryDirectory(prefix="bigsae-export-") as folder:
+        # Beside the SAEs where that can be: they may be more than the system's temporary folder has room for.
+        beside = run if run and os.access(run, os.W_OK) else None
+        with tempfile.TemporaryDirectory(prefix=".bigsae-export-", dir=beside) as folder:
             yield Path(folder)
         return
     folder = Path(output)
+    if run and folder.resolve().is_relative_to(Path(run).resolve()):
+        raise UserError(f"--output {output} lies in {run}, whose SAEs are exported: give a folder beside it")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"--output {output} is there and not empty: give another folder")
     folder.mkdir(parents=True, exist_ok=True)
@@ -153,6 +173,10 @@ def _write(folder: Path, name: str, sae: SAE, sparsity: Tensor | None, config: E
         save_sae(sae, folder / name, frequencies, format)
     except UserError as error:
         raise UserError(f"{name} cannot be exported as {format}: {error}") from None
+    except OSError as error:
+        raise UserError(
+            f"{name} cannot be written to {folder} ({error.strerror}): make room there"
+        ) from error
     return entry(name, sae, format)
 
 

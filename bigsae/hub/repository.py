@@ -33,6 +33,9 @@ from bigsae.hub.formats import FILES
 
 logger = logging.getLogger("bigsae")
 
+OF_THE_RUN = ("config.json", "metrics.jsonl", "curves.svg")
+"""At the top of a repository, of the run whose SAEs were pushed last."""
+
 _REPO_ID = re.compile(r"[^/\\\s]+/[^/\\\s]+")
 _FORBIDDEN = (401, 403)
 _TOO_MANY_REQUESTS = 429
@@ -77,7 +80,8 @@ def open_repository(
 def commit_folder(folder: Path, repo_id: str, message: str, flag: str) -> str:
     """Put the files of `folder` into `repo_id` in one commit; its address. Raises UserError, HubDown.
 
-    What an SAE's folder there holds in another format goes with the same commit. Files are uploaded first: whoever
+    What an SAE's folder there holds in another format, and what is told of an earlier run, goes with the same commit.
+    Files are uploaded first: whoever
     reads sees all of it or nothing, and what was uploaded before an interruption is not uploaded again.
     """
     paths = {
@@ -89,7 +93,8 @@ def commit_folder(folder: Path, repo_id: str, message: str, flag: str) -> str:
         stale = [
             name
             for name in api.list_repo_files(repo_id)
-            if name not in paths and name.rpartition("/")[0] in folders and Path(name).name in FILES
+            if name not in paths
+            and (name in OF_THE_RUN or (name.rpartition("/")[0] in folders and Path(name).name in FILES))
         ]
         operations = [
             *(CommitOperationDelete(name, is_folder=False) for name in stale),
@@ -98,13 +103,20 @@ def commit_folder(folder: Path, repo_id: str, message: str, flag: str) -> str:
         return api.create_commit(repo_id, operations, commit_message=message).commit_url
 
 
-def download(repo_id: str, patterns: Sequence[str], revision: str | None) -> Path:
+def download(
+    repo_id: str,
+    patterns: Sequence[str],
+    revision: str | None,
+    repo_type: Literal["model", "dataset"] = "model",
+) -> Path:
     """The snapshot of `repo_id` in the cache, with its files that match one of `patterns`; `*` also takes slashes.
 
     Where the Hub is out of reach it is what the cache holds of the newest one known. Raises UserError, HubDown.
     """
     with hub_errors(repo_id):
-        return Path(snapshot_download(repo_id, revision=revision, allow_patterns=list(patterns)))
+        return Path(
+            snapshot_download(repo_id, repo_type=repo_type, revision=revision, allow_patterns=list(patterns))
+        )
 
 
 @contextmanager
@@ -114,6 +126,8 @@ def hub_errors(what: str) -> Iterator[None]:
         yield
     except UserError:
         raise
+    except HFValidationError as error:
+        raise UserError(f"{what} is no name of the Hub: {' '.join(str(error).split())}") from None
     except (HTTPError, EntryNotFoundError, ConnectionError, TimeoutError, RuntimeError) as error:
         raise _for_users(what, error) from None
     except json.JSONDecodeError:  # from huggingface_hub's reading of an error's page

@@ -7,7 +7,7 @@ import re
 from typing import Any
 
 REMOVED = "[removed]"
-_TOKEN = re.compile(r"\b(hf_|hf_oauth_|api_org_)[\w.-]{8,}")
+_TOKEN = re.compile(r"\b(?:hf_(?:oauth_)?|api_org_)[A-Za-z0-9]{20,}")
 # User and password of a URL: all that stands before the host. In JSON the slashes may be escaped, and quotes are.
 _CREDENTIALS = re.compile(r"(:(?:\\?/){2})(?:[^\s/\"<>\\]|\\[^/\s])*@")
 _VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY")

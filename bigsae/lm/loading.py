@@ -8,11 +8,13 @@ neither built nor read.
 from __future__ import annotations
 
 import copy
+import json
 import logging
 import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -56,7 +58,8 @@ _RESERVED_KWARGS = {
 # By these transformers runs code of repositories on the Hub, whatever trust_remote_code says.
 _RUNS_CODE = ("use_kernels", "allow_all_kernels", "attn_implementation", "experts_implementation")
 # Arguments by which the Hub is asked; the configuration and the weights both need them.
-_HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "proxies", "subfolder")
+_OF_THIS_MACHINE = ("cache_dir", "force_download", "local_files_only", "proxies")
+_HUB_KWARGS = (*_OF_THIS_MACHINE, "subfolder")
 
 
 def _kwargs(lm: LMConfig) -> dict[str, Any]:
@@ -78,6 +81,12 @@ def _split_kwargs(lm: LMConfig) -> tuple[dict[str, Any], dict[str, Any]]:
     kwargs = _kwargs(lm)
     hub = {name: kwargs.pop(name) for name in _HUB_KWARGS if name in kwargs}
     return hub, kwargs
+
+
+def without_hub_kwargs(lm: LMConfig) -> LMConfig:
+    """`lm` without how this machine reaches the Hub, which may name a proxy's password. Raises UserError."""
+    kwargs = lm_kwargs(lm)
+    return replace(lm, kwargs=json.dumps({k: v for k, v in kwargs.items() if k not in _OF_THIS_MACHINE}))
 
 
 def meta_model(model: str, lm: LMConfig) -> tuple[PreTrainedModel, PreTrainedConfig]:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from torch import Tensor
 
 from bigsae.config import DataConfig, LMConfig, TrainConfig, UserError, named
@@ -18,9 +17,12 @@ from bigsae.data.activation_cache import ActivationCache
 from bigsae.data.cache_index import INDEX, Index, read_index
 from bigsae.data.cached_rows import CachedRows
 from bigsae.data.harvest import Harvest
+from bigsae.hub.repository import download
 from bigsae.lm.hookpoints import match_names
 from bigsae.parallel.mesh import Mesh
 from bigsae.training.supply import build_harvest
+
+logger = logging.getLogger("bigsae")
 
 # What of --lm and --data decided the activations: the cache's own hold, and others are refused.
 _LM = ("revision", "dtype", "autocast", "micro_batch_rows")
@@ -83,14 +85,11 @@ def _literal(file: str) -> str:
 
 def _download(name: str, repository: str, revision: str | None, files: list[str]) -> Path:
     try:
-        return Path(
-            snapshot_download(repository, repo_type="dataset", revision=revision, allow_patterns=files)
-        )
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(
-            f"--activations {name}: there is no such folder, and it cannot be read from the Hub: {reason}"
-        ) from error
+        return download(repository, files, revision, "dataset")
+    except UserError as error:
+        raise type(error)(
+            f"--activations {name}: there is no such folder, and it cannot be read from the Hub: {error}"
+        ) from None
 
 
 def with_origin(config: TrainConfig, found: FoundCache) -> TrainConfig:
@@ -174,10 +173,14 @@ def cached_harvest(
     heldout = cache.heldout_rows()
     usable = min(len(heldout), config.eval.rows) // mesh.num_ranks * mesh.num_ranks
     if len(heldout) and not usable:
-        raise UserError(
-            f"--activations {label} keeps {len(heldout)} rows aside, too few for {mesh.num_ranks} ranks: raise "
-            "--eval.rows, or use fewer ranks"
-        )
+        if config.eval.rows < mesh.num_ranks:
+            raise UserError(
+                f"--eval.rows {config.eval.rows} is less than one for each of {mesh.num_ranks} ranks: raise it"
+            )
+        logger.warning(
+            "--activations %s keeps %d rows aside, less than one for each of %d ranks: nothing is measured on them",
+            label, len(heldout), mesh.num_ranks,
+        )  # fmt: skip
     widths = {name: cache.index.hookpoints[name] for name in cache.hookpoints}
     harvest = build_harvest(config, widths, rows, cache, cache.kept_of, mesh)
     return harvest, rows, heldout[:usable]

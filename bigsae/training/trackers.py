@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import secrets
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from bigsae.config import TrainConfig
 from bigsae.configfile import flat, to_dict
 from bigsae.hub.files import write_json
 from bigsae.hub.secrets import without_secrets
+from bigsae.lm.loading import without_hub_kwargs
 from bigsae.parallel.launch import join_launch
 
 _IDENTITY = "trackers.json"
@@ -55,7 +57,7 @@ class Trackers:
             # Later steps are written anew, and not to be shown twice.
             arguments["tensorboard"]["purge_step"] = resumed_step + 1
         self.accelerator.init_trackers(wandb.project or "bigsae", init_kwargs=arguments)
-        values = without_secrets(to_dict(self.config))
+        values = without_secrets(to_dict(replace(config, lm=without_hub_kwargs(config.lm))))
         for tracker in self.accelerator.trackers:
             if tracker.name != "tensorboard":
                 tracker.store_init_configuration(values)

@@ -261,6 +261,7 @@ def test_the_command(home, config, tmp_path, monkeypatch):
         "a-name",
         "micro_batch_rows",
         "residual/fvu",
+        "residual/density_histogram",
         json.dumps(written["joint"]["loss_recovered"]),
     ):
         assert text.encode() in content

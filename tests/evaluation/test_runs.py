@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 import bigsae
 from bigsae.caching.read import open_activations
 from bigsae.evaluation import run as evaluation
+from bigsae.evaluation.language import recovered
 from bigsae.evaluation.run import with_defaults
 from bigsae.hub.formats import save_sae
 from bigsae.hub.runs import read_rows
@@ -127,3 +129,28 @@ def test_a_tracker_that_is_not_installed_is_an_error(monkeypatch):
     wandb = bigsae.WandbConfig(project="p")
     with pytest.raises(bigsae.UserError, match=r"--wandb\.project: .*pip install wandb"):
         bigsae.evaluate_saes(bigsae.EvaluateConfig(saes=("x",), model="m", dataset="text", wandb=wandb))
+
+
+def test_the_model_is_opened_as_the_run_did(home, tmp_path):
+    values = json.loads((home / "run/config.json").read_text())
+    shutil.copytree(home / "run", tmp_path / "run")
+    values["lm"] |= {"kwargs": '{"subfolder": "base"}', "dtype": "float32"}
+    (tmp_path / "run/config.json").write_text(json.dumps(values))
+    config = bigsae.EvaluateConfig(saes=("x",))
+    lm = with_defaults(config, [tmp_path / "run" / NAME], [{}]).lm
+    assert (lm.kwargs, lm.dtype) == ('{"subfolder": "base"}', "float32")
+    own = replace(config, lm=bigsae.LMConfig(dtype="float16"))
+    assert with_defaults(own, [tmp_path / "run" / NAME], [{}]).lm.dtype == "float16"
+    # Where model and text are named, the run is not asked, which may be of another version.
+    (tmp_path / "run/config.json").write_text(json.dumps(values | {"of_tomorrow": 1}))
+    named = replace(config, model="m", dataset="d")
+    assert with_defaults(named, [tmp_path / "run" / NAME], [{}]).lm == bigsae.LMConfig()
+    with pytest.raises(bigsae.UserError, match="unknown option 'of_tomorrow'"):
+        with_defaults(config, [tmp_path / "run" / NAME], [{}])
+
+
+def test_what_is_no_number_is_null_in_json():
+    assert recovered(2.0, 1.5, 1.0) == 0.5
+    assert math.isnan(recovered(1.0, 1.0, 1.0))
+    found = {"saes": {"a": {"x": recovered(1.0, 1.0, 1.0), "y": [1.0, float("inf")], "z": 2}}}
+    assert evaluation.plain(found) == {"saes": {"a": {"x": None, "y": [1.0, None], "z": 2}}}

@@ -129,6 +129,7 @@ def test_no_password_of_a_url_is_left(kind):
     [
         "https://huggingface.co/user/name@main", "hf://datasets/user/name@v1/x.parquet", "me@example.org",
         '{"https": "http://proxy:3128", "mail": "me@example.org"}', "file:///data/x@y", "a:b@c",
+        "data/hf_fineweb_sample",
     ],
 )  # fmt: skip
 def test_what_is_no_secret_stays(value):

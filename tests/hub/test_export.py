@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -117,9 +118,8 @@ def test_the_card_says_what_there_is(hub: Hub, run):
     assert len(rows) == 12 and rows[0][:2] == ["| 100", "2"] and rows[-1][:2] == ["| 4,000", "0.05"]
     assert "](curves.svg)" in text and files["curves.svg"].count(b"<polyline") == 2 * len(NAMES)
     assert "`--optim.lr` | 0.001" in text
-    assert read_config(run / "config.json") == from_dict(
-        TrainConfig, json.loads(files["config.json"]), "pushed"
-    )
+    published = from_dict(TrainConfig, json.loads(files["config.json"]), "pushed")
+    assert replace(read_config(run / "config.json"), output_dir="run") == published
     assert len(files["metrics.jsonl"].splitlines()) == 80
 
 
@@ -159,7 +159,7 @@ def test_no_token_is_published_or_said(hub: Hub, run, capfd, caplog, monkeypatch
         for name, content in files.items():
             assert secret.encode() not in content, name
     assert b"[removed] and [removed]" in files["model.layers.2/cfg.json"]
-    assert b"http://[removed]@proxy:3128" in files["config.json"]
+    assert b"proxy:3128" not in files["config.json"]
 
 
 def test_a_folder_instead_of_the_hub(run, tmp_path):
@@ -346,3 +346,45 @@ def test_without_a_token_nothing_is_asked(hub: Hub, run, monkeypatch):
     with pytest.raises(UserError, match="needs an access token: set HF_TOKEN"):
         push(run)
     assert not hub.requests
+
+
+def test_a_published_configuration_is_for_others(hub: Hub, run):
+    """It says neither where its author logs and publishes, nor how this machine reaches the Hub."""
+    config = json.loads((run / "config.json").read_text())
+    kwargs = {"proxies": {"https": "me:secret@proxy:1"}, "subfolder": "base"}
+    config |= {
+        "hub": config["hub"] | {"repo_id": "user/name", "push_every": 5},
+        "log_with": ["wandb"],
+        "resume": True,
+    }
+    config["lm"]["kwargs"] = json.dumps(kwargs)
+    (run / "config.json").write_text(json.dumps(config))
+    push(run)
+    published = json.loads(hub.repositories["user/name"].files["config.json"])
+    assert (published["hub"]["repo_id"], published["log_with"], published["resume"]) == (None, [], False)
+    assert json.loads(published["lm"]["kwargs"]) == {"subfolder": "base"}
+    assert published["output_dir"] == Path(config["output_dir"]).name
+    assert published["sae"] == config["sae"]
+
+
+def test_what_is_told_of_an_earlier_run_goes(hub: Hub, run):
+    push(run)
+    bigsae.push_saes({"layers.9": random_sae("topk", k=K)}, "user/name")
+    files = hub.repositories["user/name"].files
+    assert not {"config.json", "metrics.jsonl", "curves.svg"} & set(files)
+    assert "layers.9/cfg.json" in files and f"{NAMES[0]}/cfg.json" in files
+
+
+def test_an_export_does_not_go_among_what_it_exports(run):
+    with pytest.raises(UserError, match=r"--output .* lies in .*: give a folder beside it"):
+        export_run(ExportConfig(str(run), output=str(run / "sparsify")))
+
+
+def test_a_card_does_not_call_others_work_its_own(tmp_path):
+    sae = random_sae("topk", k=K)
+    sae.metadata = {}
+    save_sae(sae, tmp_path / "theirs" / "layers.3", format="sparsify")
+    export_run(ExportConfig(str(tmp_path / "theirs"), output=str(tmp_path / "out")))
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "Sparse autoencoders. Written by bigsae." in card and "trained" not in card.split("|")[0]
+    assert "``" not in card.replace("```", "") and str(tmp_path) not in card
