@@ -40,9 +40,8 @@ from bigsae.lm.loading import download_lm, load_lm, meta_model, process_groups, 
 from bigsae.parallel import collectives
 from bigsae.parallel.launch import join_launch
 from bigsae.parallel.mesh import Mesh, build_mesh
-from bigsae.parallel.nodes import first_on_node, limit_waits, lost_peers_named
+from bigsae.parallel.nodes import errors_shared, first_on_node, limit_waits, lost_peers_named
 from bigsae.progress import Progress
-from bigsae.training import setup
 from bigsae.training.run import Preempted
 from bigsae.training.signals import StopSignal
 
@@ -115,12 +114,12 @@ class _Writing:
         sites = locate(meta, resolve_hookpoints(config.hookpoints, meta))
         self.widths = {site.name: site.d_in for site in sites}
         done = self._take_over()
-        with setup.errors_shared(mesh):
+        with errors_shared(mesh):
             if mesh.is_main:  # all ranks write to one file system
                 self._check_disk(
                     sum(w.shard.num_activations for part in done.values() for w in part if w.shard)
                 )
-        with setup.errors_shared(mesh):
+        with errors_shared(mesh):
             with first_on_node(mesh):
                 text = open_text(
                     config.dataset, self.as_run.data, config.model, config.lm, lm_config, config.ctx_len
@@ -129,7 +128,7 @@ class _Writing:
             rows.begin()
             heldout = text.heldout(config.seed, config.heldout_rows, mesh.num_ranks, "--heldout-rows")
         try:
-            with setup.errors_shared(mesh):
+            with errors_shared(mesh):
                 if config.push_to_hub and mesh.is_main:
                     open_dataset_repository(config.push_to_hub, config.private)
             with first_on_node(mesh):
@@ -152,7 +151,7 @@ class _Writing:
     def _take_over(self) -> dict[int, list[Written]]:
         """What all ranks of a run before have finished; the rest of it is removed."""
         done: dict[int, list[Written]] = {}
-        with setup.errors_shared(self.mesh):
+        with errors_shared(self.mesh):
             if self.mesh.is_main and self.config.resume:
                 done = read_progress(self.folder)
                 drop_after(self.folder, max(done, default=HELDOUT - 1))
@@ -295,7 +294,7 @@ class _Writing:
         any_rows = collectives.max_ints([buffer.num_rows], mesh.control)[0]
         written = Written(place, mesh.rank, mesh.num_ranks, None, data)
         if any_rows:
-            with setup.errors_shared(mesh):
+            with errors_shared(mesh):
                 try:
                     written = replace(written, shard=buffer.write(self.folder, place, mesh.rank))
                     write_progress(self.folder, written)

@@ -43,7 +43,7 @@ def learning_curves(names: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> 
     of = {name: merged_rows(name, rows) for name in names}
     panels, any_dots = [], False
     for key, (title, heldout) in _PANELS.items():
-        lines = [_thin(_points(of[name], key)) for name in names]
+        lines = [thin(_points(of[name], key)) for name in names]
         dots = [_points(of[name], heldout) if heldout else [] for name in names]
         if any(lines):
             panels.append(_panel(len(panels), title, lines, dots))
@@ -71,21 +71,20 @@ def _colour(i: int) -> str:
 
 def _points(rows: Sequence[Mapping[str, Any]], key: str) -> Points:
     return [
-        (row["tokens"], row[key])
-        for row in rows
-        if _is_number(row.get("tokens")) and _is_number(row.get(key))
+        (row["tokens"], row[key]) for row in rows if is_number(row.get("tokens")) and is_number(row.get(key))
     ]
 
 
-def _is_number(value: Any) -> bool:
+def is_number(value: Any) -> bool:
+    """Whether `value` can be a point of a curve."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _thin(points: Points) -> Points:
-    """At most `_MOST_POINTS`: means of equal stretches."""
-    if len(points) <= _MOST_POINTS:
+def thin(points: Points, most: int = _MOST_POINTS) -> Points:
+    """At most `most`: the means of as many equal stretches."""
+    if len(points) <= most:
         return points
-    edges = [len(points) * i // _MOST_POINTS for i in range(_MOST_POINTS + 1)]
+    edges = [len(points) * i // most for i in range(most + 1)]
     stretches = [points[a:b] for a, b in itertools.pairwise(edges)]
     return [(sum(x for x, _ in s) / len(s), sum(y for _, y in s) / len(s)) for s in stretches]
 
@@ -118,7 +117,7 @@ def _panel(number: int, title: str, lines: Sequence[Points], dots: Sequence[Poin
             path = " ".join(f"{x:.1f},{y:.1f}" for x, y in (at(*point) for point in points))
             parts.append(f'<polyline points="{path}" fill="none" stroke="{_colour(i)}" stroke-width="1.5"/>')
     for i, points in enumerate(dots):
-        for x, y in (at(*point) for point in _thin(points)):
+        for x, y in (at(*point) for point in thin(points)):
             parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="2.5" fill="{_colour(i)}"/>')
     return "\n".join(parts)
 

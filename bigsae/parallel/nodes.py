@@ -63,6 +63,18 @@ def _end_together(own: Exception | None, mesh: Mesh) -> None:
             )
 
 
+@contextmanager
+def errors_shared(mesh: Mesh) -> Iterator[None]:
+    """What one rank finds wrong with its part of the data all raise, so that rank 0 has it to print."""
+    message = ""
+    try:
+        yield
+    except UserError as error:
+        message = str(error)
+    if message := collectives.first_text(message, mesh.control):
+        raise UserError(message)
+
+
 def limit_waits(groups: Iterable[ProcessGroup | None], minutes: float) -> None:
     """Let no rank wait longer for another in `groups`; torch makes each with a limit of its own, 10 or 30 minutes."""
     for group in groups:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from typing import Any
 
+from bigsae.hub.curves import is_number, thin
 from bigsae.reporting.runs import SAEFolder
 
 _MOST_POINTS = 500
@@ -20,29 +20,16 @@ def curves(rows: Sequence[Row]) -> dict[str, dict[str, list[float]]]:
     for the share of dead latents."""
     names = dict.fromkeys(name for row in rows for name in row if name not in _NOT_CURVES)
     points = {
-        name: [(row["tokens"], row[name]) for row in rows if _is_number(row.get(name))] for name in names
+        name: [(row["tokens"], row[name]) for row in rows if is_number(row.get(name))] for name in names
     }
     thinned = {
-        name: _thin(values)
+        name: [(x, _short(y)) for x, y in thin(values, _MOST_POINTS)]
         for name, values in points.items()
         if name == "dead_fraction" or any(y for _, y in values)
     }
     return {
         name: {"x": [x for x, _ in values], "y": [y for _, y in values]} for name, values in thinned.items()
     }
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < float("inf")
-
-
-def _thin(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """At most `_MOST_POINTS`: the means of as many equal stretches."""
-    if len(points) <= _MOST_POINTS:
-        return [(x, _short(y)) for x, y in points]
-    edges = [len(points) * i // _MOST_POINTS for i in range(_MOST_POINTS + 1)]
-    stretches = [points[a:b] for a, b in itertools.pairwise(edges)]
-    return [(sum(x for x, _ in s) / len(s), _short(sum(y for _, y in s) / len(s))) for s in stretches]
 
 
 def _short(value: float) -> float:
@@ -53,7 +40,7 @@ def last_values(rows: Sequence[Row]) -> dict[str, float]:
     """The newest value of each metric, and how many tokens are trained."""
     values: dict[str, float] = {}
     for row in rows:
-        values |= {name: value for name, value in row.items() if _is_number(value)}
+        values |= {name: value for name, value in row.items() if is_number(value)}
     return values
 
 

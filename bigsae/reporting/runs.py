@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from bigsae.config import TrainConfig, UserError
+from bigsae.hub.curves import name_of
 from bigsae.hub.load import check_inside
 from bigsae.hub.runs import find_saes, is_sae, read_rows, run_config
 from bigsae.training.checkpoint import checkpoints, read_state
@@ -77,9 +78,7 @@ def _labels(paths: Sequence[Path]) -> list[str]:
 
 def _read_run(path: Path, config: TrainConfig, label: str) -> RunFolder:
     rows = read_rows(path)
-    names = dict.fromkeys(
-        f"{row['hookpoint']}/{row['variant']}" if row.get("variant") else row["hookpoint"] for row in rows
-    )
+    names = dict.fromkeys(name_of(row) for row in rows)
     names |= dict.fromkeys(find_saes(path))
     for name in names:
         check_inside(name)  # metrics.jsonl may come from anyone

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -17,7 +16,7 @@ from torch.distributed.tensor import DTensor
 from transformers.utils.logging import disable_progress_bar
 
 from bigsae.checks import check, check_sources, resolve_d_sae
-from bigsae.config import TrainConfig, UserError
+from bigsae.config import TrainConfig
 from bigsae.data.harvest import Harvest
 from bigsae.data.text import open_text
 from bigsae.kernels.dispatch import backend
@@ -31,9 +30,8 @@ from bigsae.lm.loading import (
     process_groups,
     resolve_layout,
 )
-from bigsae.parallel import collectives
 from bigsae.parallel.mesh import Mesh, build_mesh
-from bigsae.parallel.nodes import first_on_node, limit_waits
+from bigsae.parallel.nodes import errors_shared, first_on_node, limit_waits
 from bigsae.training import folder
 from bigsae.training.cached import (
     FoundCache,
@@ -233,18 +231,6 @@ def _begin(
             shutil.rmtree(run.out / PUSHED, ignore_errors=True)
 
     return run, close
-
-
-@contextmanager
-def errors_shared(mesh: Mesh) -> Iterator[None]:
-    """What one rank finds wrong with its part of the data all raise, so that rank 0 has it to print."""
-    message = ""
-    try:
-        yield
-    except UserError as error:
-        message = str(error)
-    if message := collectives.first_text(message, mesh.control):
-        raise UserError(message)
 
 
 def _metadata(config: TrainConfig, prepend_bos: bool) -> dict[str, Any]:
