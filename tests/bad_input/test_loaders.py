@@ -13,6 +13,8 @@ from tests.bad_input.cases import make_home
 from tests.bad_input.mangled import LOADERS
 from tests.launch import ROOT, environment
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def counts(tmp_path_factory) -> dict[str, dict[str, int]]:

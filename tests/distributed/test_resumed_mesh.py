@@ -14,7 +14,8 @@ from torch import Tensor
 from bigsae import CheckpointConfig, MeshConfig, SAEConfig, TrainConfig
 from bigsae.parallel.mesh import build_mesh, share_latents
 from bigsae.training.routing import Routing
-from bigsae.training.saving import resume, save
+from bigsae.training.saver import Saver
+from bigsae.training.saving import resume, save_last
 from bigsae.training.sharing import build_trainers
 from bigsae.training.state import Run
 from bigsae.training.variants import Variant, make_jobs
@@ -57,7 +58,12 @@ class NoData:
     refilling = False
 
     def __init__(self) -> None:
-        self.buffer = SimpleNamespace(tensors=dict, counters=dict, empty_tensors=lambda counters: {})
+        self.buffer = SimpleNamespace(
+            tensors=dict,
+            counters=lambda: {"num_unread": 0, "num_new": 0},
+            empty_tensors=lambda counters: {},
+            bytes_each=lambda: 0,
+        )
 
     def load(self, *waiting: Any) -> None:
         pass
@@ -100,7 +106,7 @@ def begin(out: Path, mesh: MeshConfig, cases: dict[str, Case] = CASES) -> Run:
     stand_in = cast(Any, None)
     return Run(
         config, ranks, data, data, None, named, trainers, Routing(ranks, jobs), {}, stand_in, None, stand_in,
-        clock={"time": 0.0},
+        Saver(out / "checkpoints", 0, ranks, 10, beside=True), stand_in, clock={"time": 0.0},
     )  # fmt: skip
 
 
@@ -141,7 +147,7 @@ def write(home: Path, writer: str) -> dict[str, Any]:
     """A checkpoint of step CUT, and what is in it."""
     run = begin(home / writer, WRITERS[writer][1])
     train(run, CUT)
-    save(run)
+    save_last(run)
     return {"state": of_all(run, state), "waiting": of_all(run, waiting)}
 
 
@@ -240,7 +246,7 @@ def test_gradients_below_float32_wait_for_an_update(tmp_path, cut):
     train(straight, 12)
     run = begin(tmp_path / "run", MeshConfig(), cases)
     train(run, cut)
-    save(run)
+    save_last(run)
     run = begin(tmp_path / "run", MeshConfig(), cases)
     resume(run)
     train(run, 12)

@@ -120,7 +120,10 @@ def wait_for_rows(folder: Path, num_rows: int, process: Any) -> None:
         time.sleep(0.05)
 
 
-def test_sigterm_saves_and_resume_goes_on(home, sharded, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGUSR1, marks=pytest.mark.slow)])
+def test_a_signal_saves_and_resume_goes_on(home, sharded, tmp_path, monkeypatch, number):
+    # As scripts/slurm/train.sbatch has it: the launcher would die of SIGUSR1.
+    monkeypatch.setenv("PET_SIGNALS_TO_HANDLE", "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1")
     out = tmp_path / "stopped"
     arguments = options(home, out, lm__shard_size=2)
     process = start(TWO_RANKS, arguments)
@@ -128,9 +131,9 @@ def test_sigterm_saves_and_resume_goes_on(home, sharded, tmp_path):
     # As a cluster does it: the launcher and its workers are told, and the launcher tells the workers again.
     workers = psutil.Process(process.pid).children(recursive=True)
     for worker in workers:
-        worker.send_signal(signal.SIGTERM)
+        worker.send_signal(number)
     time.sleep(0.03)
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(number)
     output, _ = process.communicate(timeout=30)
     assert process.returncode != 0
     status = json.loads((out / "status.json").read_text())

@@ -22,7 +22,7 @@ NUM_STEPS = 240
 TIMEOUT_SECONDS = 20
 
 reason = why_not()
-pytestmark = pytest.mark.skipif(reason is not None, reason=str(reason))
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(reason is not None, reason=str(reason))]
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +117,7 @@ def ends_without(
     assert "--resume" in errors[0]
     assert f"[rank{survivor}]: Traceback" not in output
     # The rest is the launcher's way out.
-    assert seconds < TIMEOUT_SECONDS + 15
+    assert seconds < TIMEOUT_SECONDS + 25
     if silently:
         assert "Timed out" in errors[0]
         assert seconds > TIMEOUT_SECONDS - 5
@@ -128,8 +128,8 @@ def ends_without(
     ("victim", "silently"),
     [
         pytest.param(1, True, id="second-silently"),
-        pytest.param(0, False, id="first", marks=pytest.mark.slow),
-        pytest.param(0, True, id="first-silently", marks=pytest.mark.slow),
+        pytest.param(0, False, id="first"),
+        pytest.param(0, True, id="first-silently"),
     ],
 )
 def test_a_host_that_dies_ends_the_other_and_both_go_on(hosts, home, straight, tmp_path, victim, silently):
