@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import logging
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,8 @@ from torch.distributed import ProcessGroup
 from bigsae.hub.files import write_atomic
 from bigsae.parallel import collectives
 from bigsae.sae.losses import Moments, StepOutput
+
+logger = logging.getLogger("bigsae")
 
 # Places of the rank-local sums in WindowSums.local
 _FINITE, _SQUARED_ERROR, _LOSS, _PARTS = range(4)
@@ -106,18 +111,34 @@ class MetricsFile:
 
     def __init__(self, path: Path):
         self.path = path
+        self._waiting: list[str] = []
 
     def truncate_after(self, step: int) -> None:
         """Drop the rows of later steps: a resumed run writes them anew."""
+        self._waiting = [row for row in self._waiting if _step_of(row) <= step]
         if not self.path.exists():
             return
         rows = [line for line in self.path.read_text().splitlines() if _step_of(line) <= step]
         write_atomic(self.path, lambda path: path.write_text("".join(f"{row}\n" for row in rows)))
 
     def write(self, row: dict[str, Any]) -> None:
-        """Append one row."""
-        with self.path.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        """Append one row; where the disk is full, with the next one for which there is room."""
+        self._waiting.append(json.dumps(row) + "\n")
+        size = self.path.stat().st_size if self.path.exists() else 0
+        try:
+            with self.path.open("a") as file:
+                file.write("".join(self._waiting))
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            if self.path.exists():
+                os.truncate(self.path, size)  # a part of a row may have been written
+            if len(self._waiting) == 1:
+                logger.error(
+                    "%s cannot be written (%s): the run goes on, its rows wait", self.path, error.strerror
+                )
+            return
+        self._waiting.clear()
 
 
 def _step_of(line: str) -> float:

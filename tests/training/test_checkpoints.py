@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from bigsae.config import UserError
 from bigsae.parallel.mesh import alone
 from bigsae.training import checkpoint
 from bigsae.training.checkpoint import NotSaved, checkpoints, newest_whole
+from bigsae.training.metrics import MetricsFile
 from tests.distributed.ranks import run_ranks
 from tests.launch import metrics, write_corpus
 from tests.models import tiny_llama
@@ -216,3 +218,33 @@ def test_one_ranks_full_disk_fails_all(tmp_path):
     first, second = run_ranks(2, unwritable, tmp_path)
     assert first == second and "No space left on device" in first
     assert not checkpoints(tmp_path)
+
+
+@pytest.fixture
+def small_disk(tmp_path) -> Iterator[Path]:
+    """A folder on a file system of 64 KiB."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    made = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(folder)], capture_output=True
+    )
+    if made.returncode:
+        pytest.skip(f"needs to mount a file system of its own: {made.stderr.decode().strip()}")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_rows_wait_for_room(small_disk, caplog):
+    path = small_disk / "metrics.jsonl"
+    file = MetricsFile(path)
+    file.write({"step": 1})
+    (small_disk / "filler").write_bytes(b"x" * (60 * 1024 - 10))
+    rows = [{"step": step, "text": "y" * 3000} for step in range(2, 6)]
+    for row in rows:
+        file.write(row)
+    written = [json.loads(line) for line in path.read_text().splitlines()]  # none is torn
+    assert written[0] == {"step": 1} and len(written) < 5
+    assert caplog.text.count("No space left on device): the run goes on, its rows wait") == 1
+    (small_disk / "filler").unlink()
+    file.write({"step": 6})
+    assert [json.loads(line) for line in path.read_text().splitlines()] == [{"step": 1}, *rows, {"step": 6}]
