@@ -63,5 +63,6 @@ export PYRIGHT_PYTHON_IGNORE_WARNINGS=1
 ruff format --check .
 ruff check .
 pyright --pythonpath "$venv/bin/python"
-# Files in parallel: each has its own fixtures. Ranks and threads of a test are few (above).
-python -m pytest -m "not slow" --numprocesses "${TEST_PROCESSES:-2}" --dist loadfile "$@"
+# Files in parallel: each has its own fixtures. Ranks and threads of a test are few (above). In their order, by which the
+# long ones of tests/distributed come early: xdist would begin with the files of most tests, and end with those alone.
+python -m pytest -m "not slow" --numprocesses "${TEST_PROCESSES:-2}" --dist loadfile --no-loadscope-reorder "$@"

@@ -101,7 +101,7 @@ def test_links_of_a_snapshot_stay_in_its_repository(hub: Hub, home, tmp_path, mo
     shutil.copy(shard, tmp_path / "outside")
     shard.unlink()
     shard.symlink_to(tmp_path / "outside")
-    monkeypatch.setattr(cached, "snapshot_download", lambda *_, **__: str(snapshot))
+    monkeypatch.setattr(cached, "download", lambda *_: snapshot)
     with pytest.raises(UserError, match="leads out of"):
         bigsae.open_activations(NAME)
 
