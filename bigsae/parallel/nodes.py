@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import threading
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -17,7 +18,7 @@ from bigsae.parallel import collectives
 from bigsae.parallel.mesh import Mesh
 
 # How long those that are left wait for one another's names.
-_SECONDS_TO_SIGN = 8.0
+_SECONDS_TO_SIGN = 6.0
 
 
 class PeerLost(RuntimeError):
@@ -99,20 +100,28 @@ def lost_peers_named(minutes: float) -> Iterator[None]:
 
 def _lost_ranks() -> str:
     """The ranks that do not sign a list in the store of the launch, in words; those that are left all come here."""
-    unknown = "another rank"
+    found = ["another rank"]
+    # A thread, as the store may have gone with its node, and then answers nobody for many minutes.
+    thread = threading.Thread(target=_ask_for_signatures, args=(found,), daemon=True)
+    thread.start()
+    thread.join(2 * _SECONDS_TO_SIGN)
+    return found[0]
+
+
+def _ask_for_signatures(found: list[str]) -> None:
     try:
         store = dist.distributed_c10d._get_default_store()
         store.set_timeout(timedelta(seconds=_SECONDS_TO_SIGN))
-        ranks = range(dist.get_world_size())
         store.set(f"bigsae/left/{dist.get_rank()}", "1")
         end = time.monotonic() + _SECONDS_TO_SIGN
+        ranks = range(dist.get_world_size())
         while missing := [rank for rank in ranks if not store.check([f"bigsae/left/{rank}"])]:
             if time.monotonic() > end:
-                break
+                found[0] = f"rank {', '.join(map(str, missing))}"
+                return
             time.sleep(0.2)
-    except (RuntimeError, ValueError):  # the store itself may be gone with its node
-        return unknown
-    return f"rank {', '.join(map(str, missing))}" if missing else unknown
+    except (RuntimeError, ValueError):
+        return  # the store is gone: nobody can be named
 
 
 def _is_of_a_peer(error: BaseException) -> bool:
