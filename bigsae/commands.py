@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import os
 import sys
@@ -46,7 +47,8 @@ def parse_config(kind: type[Config], prog: str, arguments: list[str], descriptio
         prog=prog,
         args=arguments,
         default=default,
-        description=f"{kind.__doc__} --config FILE reads defaults of any flags from YAML or JSON{description}.",
+        description=f"{inspect.cleandoc(kind.__doc__ or '')}\n\n"
+        f"--config FILE reads defaults of any flags from YAML or JSON{description}.",
         console_outputs=is_main(),
     )
 
