@@ -17,7 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from bench import commit, machine, percentile
+from benching.common import commit, machine, percentile
 
 import bigsae
 

@@ -23,10 +23,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import bench
 import quality_saelens
 import quality_table
 import torch
+from benching.common import commit, machine
 from torch import Tensor
 
 from bigsae.checks import resolve_prefixes, resolve_sae
@@ -299,10 +299,10 @@ def perform_all(runs: list[Run], problem_of: Callable[[Run], Problem], path: Pat
     finished = read_lines(path)
     waiting = [run for run in runs if run.identity not in finished]
     circumstances = {
-        "machine": bench.machine(),
+        "machine": machine(),
         "versions": {"python": platform.python_version()}
         | {name: version(name) for name in ("torch", "sae-lens", "bigsae")},
-        "commit": bench.commit(),
+        "commit": commit(),
     }
     for number, run in enumerate(waiting, 1):
         line = perform(run, problem_of(run))

@@ -22,8 +22,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import bench
 import torch
+from benching.common import commit, machine
 from quality import Problem, Task, read_lines, real_problems, synthetic_problem
 from torch import Tensor
 
@@ -102,9 +102,9 @@ def perform_all(
     """The lines of a task, of which those that `path` does not hold yet are performed and added there."""
     finished, lines = read_lines(path), []
     circumstances = {
-        "machine": bench.machine(),
+        "machine": machine(),
         "versions": {"python": platform.python_version(), "torch": version("torch")},
-        "commit": bench.commit(),
+        "commit": commit(),
     }
     for seed in seeds:
         problem = None

@@ -1,0 +1,1 @@
+"""The subcommands of scripts/bench.py, a file each, and what they share."""
