@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 
 from bigsae.config import UserError, check_timeout
+from bigsae.parallel.nodes import limit_new_groups
 
 _PACKAGES = {"wandb": ("wandb",), "tensorboard": ("tensorboardX", "tensorboard"), "trackio": ("trackio",)}
 
@@ -28,6 +29,7 @@ def join_launch(timeout: float, trackers: Sequence[str] = (), **options: Any) ->
         if not any(find_spec(package) for package in _PACKAGES[name]):
             flags = "--log-with wandb, --wandb.project" if name == "wandb" else f"--log-with {name}"
             raise UserError(f"{flags}: a package is not installed: pip install {_PACKAGES[name][0]}")
+    limit_new_groups(timeout)
     return Accelerator(
         cpu=not torch.cuda.is_available(),
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(minutes=timeout))],

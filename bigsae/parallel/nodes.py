@@ -76,8 +76,18 @@ def errors_shared(mesh: Mesh) -> Iterator[None]:
         raise UserError(message)
 
 
+def limit_new_groups(minutes: float) -> None:
+    """Let no rank wait longer for another while they make a group, and in groups made from now on.
+
+    Neither DeviceMesh nor FSDP can be told, and torch 2.13 takes nothing over from the launch's own group: it reads
+    these two names for each new one, 30 and 10 minutes.
+    """
+    c10d = dist.distributed_c10d
+    c10d.default_pg_timeout = c10d.default_pg_nccl_timeout = timedelta(minutes=minutes)
+
+
 def limit_waits(groups: Iterable[ProcessGroup | None], minutes: float) -> None:
-    """Let no rank wait longer for another in `groups`; torch makes each with a limit of its own, 10 or 30 minutes."""
+    """Let no rank wait longer for another in `groups`, which were made with another limit."""
     for group in groups:
         if group is not None:
             group.set_timeout(timedelta(minutes=minutes))
@@ -125,9 +135,12 @@ def _ask_for_signatures(found: list[str]) -> None:
 
 
 def _is_of_a_peer(error: BaseException) -> bool:
-    # gloo's errors come as plain RuntimeErrors that begin with the place in its source.
+    # gloo's errors come as plain RuntimeErrors that begin with the place in its source, a FileStore's as these words.
     return (
-        isinstance(error, dist.DistError) or "gloo/transport" in str(error) or "[gloo]" in str(error).lower()
+        isinstance(error, dist.DistError)
+        or "gloo/transport" in str(error)
+        or "[gloo]" in str(error).lower()
+        or str(error) == "Wait timeout"
     )
 
 

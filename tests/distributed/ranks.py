@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import tempfile
 import traceback
@@ -12,6 +13,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+
+# Imported once, by the server that all ranks are forked from; a rank that does it itself takes seconds.
+_PRELOADED = ["bigsae.training.setup", "bigsae.training.run", "bigsae.training.fit", "pytest", __name__]
 
 
 def _rank_main(rank: int, num_ranks: int, folder: str, function: Callable, arguments: tuple) -> None:
@@ -33,11 +37,19 @@ def _rank_main(rank: int, num_ranks: int, folder: str, function: Callable, argum
     os._exit(0)
 
 
-def run_ranks(num_ranks: int, function: Callable, *arguments: Any) -> list[Any]:
-    """What the module-level `function(*arguments)` returns on each of `num_ranks` gloo ranks, each with one thread."""
+def run_ranks(
+    num_ranks: int, function: Callable, *arguments: Any, start_method: str = "forkserver"
+) -> list[Any]:
+    """What the module-level `function(*arguments)` returns on each of `num_ranks` gloo ranks, each with one thread.
+
+    With "spawn" each rank has the environment of this moment, and imports everything by itself.
+    """
     with tempfile.TemporaryDirectory() as folder:
         try:
-            mp.spawn(_rank_main, (num_ranks, folder, function, arguments), nprocs=num_ranks)  # pyright: ignore[reportPrivateImportUsage]
+            multiprocessing.set_forkserver_preload(_PRELOADED)
+            mp.start_processes(
+                _rank_main, (num_ranks, folder, function, arguments), num_ranks, start_method=start_method
+            )
         except Exception as error:
             texts = [p.read_text() for p in sorted(Path(folder).glob("error_*"))]
             raise AssertionError("\n".join(texts) or str(error)) from None

@@ -54,7 +54,7 @@ def loaded(tmp_path_factory) -> tuple[list[dict[str, Any]], list[tuple[str, str]
     with pytest.MonkeyPatch.context() as patch, hub(folder / "lm") as (endpoint, requests):
         patch.setenv("HF_ENDPOINT", endpoint)
         patch.setenv("HF_HUB_OFFLINE", "0")
-        return run_ranks(4, download_and_load, str(folder)), requests
+        return run_ranks(4, download_and_load, str(folder), start_method="spawn"), requests
 
 
 def test_each_file_is_downloaded_once_a_node(loaded):

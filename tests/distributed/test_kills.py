@@ -75,6 +75,7 @@ def rank_main(rank: int, num_ranks: int, store: str, config: bigsae.TrainConfig,
     os.fsync = dying
     if num_ranks > 1:
         dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=num_ranks)
+    Path(f"{store}.joined_{rank}").touch()
     code = FINISHED
     try:
         bigsae.train_saes(config)
@@ -104,6 +105,9 @@ def launch(
     for process in processes:
         process.start()
     if kind == "time":
+        # Before the ranks have found each other their death is the launcher's affair.
+        while len(list(folder.glob(f"{store.name}.joined_*"))) < num_ranks:
+            time.sleep(0.01)
         time.sleep(when)
         for rank in which:
             if (pid := processes[rank].pid) and processes[rank].is_alive():
@@ -141,7 +145,7 @@ def test_killed_anywhere_and_resumed_it_is_the_same_run(home, tmp_path, num_rank
             kill = None
             if wanted := [kind for kind, number in KILLS.items() if killed[kind] < number]:
                 whom = tuple(range(num_ranks)) if chance.random() < 0.5 else (chance.randrange(num_ranks),)
-                kill = ("time", chance.uniform(0.2, 0.8 * seconds), whom)
+                kill = ("time", chance.uniform(0.0, 0.8 * seconds), whom)
                 if chance.choice(wanted) == "sync":
                     kill = ("sync", chance.randint(1, 90), whom)
             codes = launch(config, num_ranks, tmp_path, kill, chance)

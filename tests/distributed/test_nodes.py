@@ -13,8 +13,9 @@ import torch
 import torch.distributed as dist
 
 from bigsae.config import UserError
+from bigsae.parallel import nodes
 from bigsae.parallel.mesh import Mesh, alone, build_mesh
-from bigsae.parallel.nodes import PeerLost, first_on_node, limit_waits, lost_peers_named
+from bigsae.parallel.nodes import PeerLost, first_on_node, limit_new_groups, limit_waits, lost_peers_named
 from tests.distributed.ranks import run_ranks
 
 
@@ -64,13 +65,27 @@ def wait_in_vain(mesh: Mesh) -> tuple[float, str]:
     return time.monotonic() - start, str(caught.value)
 
 
+def make_a_group_alone(mesh: Mesh) -> tuple[float, str]:
+    """Rank 0 makes a group with a limit of 1.2 s; the others never do."""
+    if mesh.rank:
+        time.sleep(4)
+        return 0.0, ""
+    limit_new_groups(0.02)
+    start = time.monotonic()
+    with pytest.raises(PeerLost) as caught, lost_peers_named(0.02):
+        dist.new_group(backend="gloo")
+    return time.monotonic() - start, str(caught.value)
+
+
 def on_four_ranks(folder: str) -> dict[str, Any]:
     mesh = mesh_of_two_nodes()
+    nodes._SECONDS_TO_SIGN = 1.0
     return {
         "turns": take_turns(mesh, Path(folder)),
         "first fails": fail_on(mesh, 2, UserError),
         "second fails": fail_on(mesh, 3, MemoryError),
         "waited": wait_in_vain(mesh),
+        "made a group": make_a_group_alone(mesh),
     }
 
 
@@ -99,11 +114,17 @@ def test_an_unexpected_error_on_a_later_rank_ends_all_with_its_name(found):
 
 def test_a_wait_ends_after_the_limit_with_a_line_that_names_it(found):
     seconds, message = found[0]["waited"]
-    assert 1 < seconds < 3 + 9  # the limit, and the time that those who are left have to sign
+    assert 1 < seconds < 3 + 2  # the limit, and the time that those who are left have to sign
     assert re.fullmatch(
         r"rank 1, 2, 3 of the run died.* --timeout 0\.02 minutes \(Timed out waiting 1200ms .*--resume.*",
         message,
     )
+
+
+def test_nor_does_a_group_wait_longer_for_ranks_that_do_not_make_it(found):
+    seconds, message = found[0]["made a group"]
+    assert 1 < seconds < 3 + 2
+    assert "of the run died, or did not answer within --timeout 0.02 minutes" in message
 
 
 def test_alone_the_block_runs_once():

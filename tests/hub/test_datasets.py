@@ -250,7 +250,7 @@ def test_of_many_ranks_one_asks_the_hub_and_all_know(hub: Hub, home, tmp_path, m
     HfApi().create_repo("someone/public", repo_type="dataset")
     hub.requests.clear()
     with caplog.at_level(logging.WARNING):
-        first, second = run_ranks(2, two_ranks, str(home), str(tmp_path / "out"))
+        first, second = run_ranks(2, two_ranks, str(home), str(tmp_path / "out"), start_method="spawn")
     assert first == second and "--push-to-hub someone/public exists and is public" in first
     assert TOKEN not in first
     # Of the refused one once; of the other before the work and before the upload.

@@ -201,7 +201,7 @@ def two_ranks(home: str, out: str) -> None:
 
 def test_an_sae_on_two_ranks_is_pushed_whole(hub: Hub, home, tmp_path, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    run_ranks(2, two_ranks, str(home), str(tmp_path / "run"))
+    run_ranks(2, two_ranks, str(home), str(tmp_path / "run"), start_method="spawn")
     assert messages(hub)[-1] == "step 6"
     ours, theirs = bigsae.load_sae(tmp_path / "run", NAME), bigsae.load_sae("user/name", NAME)
     assert ours.d_sae == 64 and torch.equal(ours.W_enc, theirs.W_enc)
