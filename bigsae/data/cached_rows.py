@@ -124,6 +124,10 @@ class CachedRows(Iterator[Tensor]):
         what = "that was the last" if last else f"epoch {epoch + 1} begins"
         logger.info("rank %d has read all its rows of epoch %d: %s", self.rank, epoch, what)
 
+    def left_out(self) -> dict[str, int]:
+        """Nothing: a cache holds rows."""
+        return {}
+
     def state_dict(self) -> dict[str, Any]:
         """Where this rank stands after the rows given out so far: plain JSON values, a cursor for each own lane."""
         cursors = [dataclasses.asdict(cursor) for cursor in self._cursors.values()]

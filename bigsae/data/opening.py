@@ -9,9 +9,10 @@ from typing import Any, cast
 
 import datasets
 import pyarrow as pa
-from datasets.exceptions import DatasetGenerationError, DatasetsError
+from huggingface_hub import constants
 
 from bigsae.config import DataConfig, UserError
+from bigsae.data.reading import FAILURES, OPENING_SECONDS, persistently, reason
 from bigsae.data.sources import MapSource, Source, StreamSource
 
 _BUILDERS = {".jsonl": "json", ".parquet": "parquet", ".txt": "text"}
@@ -25,8 +26,6 @@ _SPLIT_NAMES = {
     "dev": "validation",
     "test": "test",
 }
-# What `datasets` and the Hub's client raise when a dataset is absent, out of reach or malformed.
-_FAILURES = (OSError, ValueError, RuntimeError, ImportError, DatasetsError, pa.ArrowException)
 
 
 def open_dataset(dataset: str, data: DataConfig) -> Source:
@@ -75,8 +74,8 @@ def _is_saved(path: Path) -> bool:
 def _open_saved(path: Path, dataset: str, data: DataConfig) -> datasets.Dataset:
     try:
         saved = datasets.load_from_disk(str(path))
-    except _FAILURES as error:
-        raise UserError(f"--dataset {dataset} cannot be opened: {_reason(error)}") from error
+    except FAILURES as error:
+        raise UserError(f"--dataset {dataset} cannot be opened: {reason(error)}") from error
     if isinstance(saved, datasets.Dataset):
         # A single Dataset often does not know its split: the default fits any.
         if data.split not in ("train", str(saved.split)):
@@ -128,27 +127,28 @@ def _split_files(files: list[Path], folder: Path) -> dict[str, list[Path]]:
 
 def _load(path: str, data: DataConfig, dataset: str, **kwargs: Any) -> Any:
     try:
-        return datasets.load_dataset(path, split=data.split, streaming=data.streaming, **kwargs)
+        return persistently(
+            lambda: datasets.load_dataset(path, split=data.split, streaming=data.streaming, **kwargs),
+            dataset,
+            _seconds(),
+        )
     except StopIteration:  # what it raises on an empty .jsonl
         raise UserError(f"--dataset {dataset} holds no documents") from None
-    except _FAILURES as error:
+    except FAILURES as error:
         if re.search("Unknown split|Bad split", str(error)):
-            raise UserError(f"--data.split {data.split} of --dataset {dataset}: {_reason(error)}") from error
+            raise UserError(f"--data.split {data.split} of --dataset {dataset}: {reason(error)}") from error
         if re.search("Config name is missing|BuilderConfig .* not found", str(error)):
-            raise UserError(f"--data.name of --dataset {dataset}: {_reason(error)}") from error
+            raise UserError(f"--data.name of --dataset {dataset}: {reason(error)}") from error
         raise UserError(
-            f"--dataset {dataset} cannot be opened (no local path of this name exists): {_reason(error)}"
+            f"--dataset {dataset} cannot be opened (no local path of this name exists): {reason(error)}"
             if path == dataset
-            else f"--dataset {dataset} cannot be read: {_reason(error)}"
+            else f"--dataset {dataset} cannot be read: {reason(error)}"
         ) from error
 
 
-def _reason(error: BaseException) -> str:
-    """One line; for the generation error, which only says that there was one, that of its cause."""
-    while isinstance(error, DatasetGenerationError) and error.__cause__ is not None:
-        error = error.__cause__
-    text = " ".join(str(error).split())
-    return (text[:300] + " …" if len(text) > 300 else text) or type(error).__name__
+def _seconds() -> float:
+    """For how long opening is tried again; not where the Hub is not to be asked at all."""
+    return 0.0 if constants.HF_HUB_OFFLINE else OPENING_SECONDS
 
 
 def _unknown_split(dataset: str, split: str, known: list[str]) -> UserError:
@@ -192,9 +192,9 @@ def _find_column(opened: Any, dataset: str, text_column: str) -> tuple[str, bool
 
 def _first_document(opened: Any, dataset: str) -> dict[str, Any]:
     try:
-        first = next(iter(opened), None)
-    except _FAILURES as error:
-        raise UserError(f"--dataset {dataset} cannot be read: {_reason(error)}") from error
+        first = persistently(lambda: next(iter(opened), None), dataset, _seconds())
+    except FAILURES as error:
+        raise UserError(f"--dataset {dataset} cannot be read: {reason(error)}") from error
     if first is None:
         raise UserError(f"--dataset {dataset} holds no documents")
     return first

@@ -16,10 +16,9 @@ from typing import Any, NamedTuple
 
 import datasets
 import numpy as np
-import pyarrow as pa
-from datasets.exceptions import DatasetsError
 
 from bigsae.config import DataConfig, UserError
+from bigsae.data.reading import FAILURES, READING_SECONDS, persistently, unreadable
 from bigsae.seeds import derive_seed
 
 FETCH_DOCUMENTS = 32  # read at a time from a map-style dataset: few, for documents may be large
@@ -223,10 +222,14 @@ class StreamSource:
         if not data.heldout_documents:
             return []
         num_parts = data.num_shards if self._by_files(data) else 1
-        parts = ((v, self._files(num_parts, v)) for v in range(num_parts))
-        numbered = ((v, document[self.column]) for v, stream in parts for document in stream)
+
+        def read() -> list[tuple[int, Any]]:
+            parts = ((v, self._files(num_parts, v)) for v in range(num_parts))
+            numbered = ((v, document[self.column]) for v, stream in parts for document in stream)
+            return list(islice(numbered, data.heldout_documents + 1))
+
         with _readable(self.label):
-            documents = list(islice(numbered, data.heldout_documents + 1))
+            documents = persistently(read, self.label, READING_SECONDS)
         if len(documents) <= data.heldout_documents:
             raise _all_heldout(data, self.label, len(documents))
         return documents[:-1]
@@ -253,28 +256,40 @@ class _Lane:
         self.exhausted = False
         self.stream = stream
         self.anchor = anchor or self.stream.state_dict()
-        self.stream.load_state_dict(self.anchor)
-        self.iterator = iter(self.stream)
+        self.iterator: Iterator[dict[str, Any]] | None = None
 
     def read(self, window: int) -> Iterator[tuple[int, dict[str, Any] | None, list[tuple[bool, Any]]]]:
         """(shard, anchor, its documents of that window as (is held out, content)) for each shard that wants it."""
         if window < self.first_window or self.exhausted:
             return
         anchor = self.anchor
+        with _readable(self.label):
+            wanted, number = persistently(lambda: self._window(window), self.label, READING_SECONDS)
+        self.exhausted = number < self.length * len(self.shards)
+        self.anchor = self.stream.state_dict()
+        for v, part in wanted.items():
+            yield v, anchor, part
+
+    def _window(self, window: int) -> tuple[dict[int, list[tuple[bool, Any]]], int]:
+        """The documents of that window that each shard wants, and how many the stream had for all of them.
+
+        Where the stream breaks off within it, the next call begins again at the window's first document.
+        """
+        iterator, self.iterator = self.iterator, None
+        if iterator is None:
+            self.stream.load_state_dict(self.anchor)
+            iterator = iter(self.stream)
         wanted: dict[int, list[tuple[bool, Any]]] = {
             v: [] for v, first in self.windows.items() if first <= window
         }
         size = self.length * len(self.shards)
         number = -1
-        with _readable(self.label):
-            for number, document in enumerate(islice(self.iterator, size)):
-                v = self.shards[number % len(self.shards)]
-                if v in wanted:
-                    wanted[v].append((window * size + number < self.num_heldout, document[self.column]))
-        self.exhausted = number + 1 < size
-        self.anchor = self.stream.state_dict()
-        for v, part in wanted.items():
-            yield v, anchor, part
+        for number, document in enumerate(islice(iterator, size)):
+            v = self.shards[number % len(self.shards)]
+            if v in wanted:
+                wanted[v].append((window * size + number < self.num_heldout, document[self.column]))
+        self.iterator = iterator
+        return wanted, number + 1
 
 
 Source = MapSource | StreamSource
@@ -286,14 +301,11 @@ def _heldout_seed(data: DataConfig, seed: int) -> int:
 
 @contextmanager
 def _readable(label: str) -> Iterator[None]:
-    """Documents that turn out to be torn, or no text, only when they are read, as a UserError."""
+    """Documents that turn out to be torn, or no text, or out of reach, only when they are read, as a UserError."""
     try:
         yield
-    except (UnicodeDecodeError, pa.ArrowException, DatasetsError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(
-            f"--dataset {label} cannot be read ({reason}): mend or leave out the file that is broken"
-        ) from error
+    except FAILURES as error:
+        raise unreadable(label, error) from error
 
 
 def _all_heldout(data: DataConfig, label: str, size: int) -> UserError:

@@ -169,6 +169,13 @@ class TokenRows(Iterator[torch.Tensor]):
         """Tokens of this rank's shards that filled no row, exact at the end of an epoch."""
         return sum(self._dropped.values())
 
+    def left_out(self) -> dict[str, int]:
+        """What of this rank's documents is in no row, by name."""
+        return {
+            "skipped_documents": self.num_skipped_documents,
+            "dropped_tokens": self.num_dropped_tokens,
+        }
+
     def state_dict(self) -> dict[str, Any]:
         """Where this rank stands after the rows given out so far: plain JSON values, a cursor for each own shard."""
         return {

@@ -13,6 +13,7 @@ from accelerate.utils import InitProcessGroupKwargs
 
 from bigsae.config import UserError, check_timeout
 from bigsae.parallel.nodes import limit_new_groups
+from bigsae.parallel.restarts import INIT_METHOD, may_restart
 
 _PACKAGES = {"wandb": ("wandb",), "tensorboard": ("tensorboardX", "tensorboard"), "trackio": ("trackio",)}
 
@@ -32,7 +33,11 @@ def join_launch(timeout: float, trackers: Sequence[str] = (), **options: Any) ->
     limit_new_groups(timeout)
     return Accelerator(
         cpu=not torch.cuda.is_available(),
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(minutes=timeout))],
+        kwargs_handlers=[
+            InitProcessGroupKwargs(
+                init_method=INIT_METHOD if may_restart() else None, timeout=timedelta(minutes=timeout)
+            )
+        ],
         log_with=list(trackers) or None,
         **options,
     )

@@ -87,6 +87,19 @@ def save(
     return final
 
 
+def take_up_leftovers(folder: Path) -> None:
+    """Give checkpoints in `folder` their names that were whole when a run was killed within giving them.
+
+    One rank calls this, before others look for checkpoints, where a run is to go on.
+    """
+    for pattern in (".step_*.tmp", ".step_*.old"):  # the newer first
+        for leftover in folder.glob(pattern):
+            final = folder / leftover.stem.removeprefix(".")
+            if (leftover / _MARKER).is_file() and _NAME.fullmatch(final.name) and not final.exists():
+                leftover.rename(final)
+                logger.warning("a run was killed while it named %s: that is whole, and is taken up", final)
+
+
 def _drop_leftovers(folder: Path) -> None:
     """What a killed run, or a full disk, has left of checkpoints that were never whole."""
     for leftover in (*folder.glob(".step_*.tmp"), *folder.glob(".step_*.old")):

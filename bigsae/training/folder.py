@@ -56,8 +56,13 @@ def write_config(config: TrainConfig) -> None:
     write_json(Path(config.output_dir) / "config.json", to_dict(config))
 
 
-def write_status(config: TrainConfig, status: str, step: int, reason: str) -> None:
-    """Write status.json: running, finished, preempted or failed, at which step, and why."""
+def write_status(
+    config: TrainConfig, status: str, step: int, reason: str, left_out: dict[str, int] | None = None
+) -> None:
+    """Write status.json: running, finished, preempted or failed, at which step, and why.
+
+    `left_out`: how much of the data came into no row, by name, where that is known.
+    """
     tokens = step * config.batch_size_tokens
-    values = {"status": status, "reason": reason, "step": step, "tokens": tokens}
+    values = {"status": status, "reason": reason, "step": step, "tokens": tokens, **(left_out or {})}
     write_json(Path(config.output_dir) / "status.json", values)

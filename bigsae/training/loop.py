@@ -6,6 +6,7 @@ import logging
 import math
 import time
 
+import torch
 from torch import Tensor
 
 from bigsae.config import UserError
@@ -52,12 +53,26 @@ def train(run: Run) -> str:
             bar.activity("saving")
             export_saes(run, run.out)
         save_last(run)
+        left_out = _left_out(run)
         if run.mesh.is_main:
-            write_status(run.config, status, run.step, reason)
+            write_status(run.config, status, run.step, reason, left_out)
         if run.finished:
             bar.activity("publishing")
             publish_finished(run)
     return status
+
+
+def _left_out(run: Run) -> dict[str, int]:
+    """What of all ranks' data came into no row, which is told."""
+    own = run.rows.left_out()
+    total = collectives.sum_(torch.tensor(list(own.values()), dtype=torch.int64), run.mesh.control)
+    left_out = dict(zip(own, total.tolist(), strict=True))
+    if any(left_out.values()):
+        logger.info(
+            "of the data read so far, over all ranks: %s",
+            ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in left_out.items()),
+        )
+    return left_out
 
 
 def _steps(run: Run, bar: ProgressBar) -> tuple[str, str]:

@@ -41,7 +41,7 @@ from bigsae.training.cached import (
     open_cache,
     with_origin,
 )
-from bigsae.training.checkpoint import checkpoints
+from bigsae.training.checkpoint import checkpoints, take_up_leftovers
 from bigsae.training.heldout_ce import check_order
 from bigsae.training.publish import PUSHED
 from bigsae.training.pusher import Pusher, open_pusher
@@ -85,6 +85,9 @@ def prepare(config: TrainConfig, stop: StopSignal) -> tuple[Run, Callable[[], No
     config = with_sweep_read(config)
     made = variants(config)
     check_variants(config, made)
+    with errors_shared(mesh):
+        if config.resume and mesh.is_main:
+            take_up_leftovers(Path(config.output_dir) / "checkpoints")
     folder.check_folder(config)
     with errors_shared(mesh):
         around = _Around(mesh, trackers, open_pusher(config) if mesh.is_main else None, stop)

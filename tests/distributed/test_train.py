@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import signal
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -85,7 +86,9 @@ def test_a_finished_run(sharded):
         assert [row["step"] for row in heldout] == [100, 200, 300]
         assert heldout[-1]["heldout_fvu"] == pytest.approx(own[-1]["fvu"], rel=0.5)
     status = json.loads((sharded / "status.json").read_text())
-    assert status == {"status": "finished", "reason": "all tokens trained", "step": 300, "tokens": 300 * 128}
+    left_out = {"skipped_documents": 0, "dropped_tokens": 0}
+    expected = {"status": "finished", "reason": "all tokens trained", "step": 300, "tokens": 300 * 128}
+    assert status == expected | left_out
     assert sorted(p.name for p in (sharded / "checkpoints").iterdir()) == ["step_100", "step_200", "step_300"]
 
 
@@ -141,6 +144,39 @@ def test_a_signal_saves_and_resume_goes_on(home, sharded, tmp_path, monkeypatch,
     assert 0 < status["step"] < NUM_STEPS
     assert (out / f"checkpoints/step_{status['step']}/COMPLETE").exists()
     succeed(TWO_RANKS, [*arguments, "--resume"])
+    assert_same_run(sharded, out, tmp_path)
+
+
+TORCHRUN = (
+    sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--rdzv_backend", "c10d",
+    "--rdzv_endpoint", "127.0.0.1:0",
+)  # fmt: skip
+ELASTIC = {
+    "accelerate": (*TWO_RANKS[:3], "--max_restarts", "1", *TWO_RANKS[3:]),
+    "torchrun": (*TORCHRUN, "--max_restarts", "1", "-m", "bigsae.train"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ELASTIC)
+def test_a_launcher_that_restarts_goes_on_by_itself(home, sharded, tmp_path, launcher):
+    """One rank is killed; the launcher starts both again, with the same command line, which says --resume."""
+    out = tmp_path / "restarted"
+    process = start(ELASTIC[launcher], options(home, out, lm__shard_size=2, resume=True))
+    deadline = time.monotonic() + 120
+    while not (out / "checkpoints/step_100/COMPLETE").exists():
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    (second,) = (
+        child for child in psutil.Process(process.pid).children(recursive=True)
+        if child.environ().get("RANK") == "1"
+    )  # fmt: skip
+    second.kill()
+    output, _ = process.communicate(timeout=200)
+    assert process.returncode == 0, output
+    assert "holds no whole checkpoint, starting afresh" in output  # the first time
+    assert "step_100 at step 100" in output or "step_200 at step 200" in output
     assert_same_run(sharded, out, tmp_path)
 
 

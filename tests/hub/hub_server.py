@@ -5,6 +5,8 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import random
+import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -52,6 +54,12 @@ class Hub:
     """(method, path) of each."""
     down: bool = False
     """Answer 503 to everything."""
+    failing: float = 0.0
+    """This share of all requests is answered by 503, no answer at all, or half of one."""
+    chance: random.Random = field(default_factory=lambda: random.Random(0))
+    outage: int = 0
+    """So many requests that come next are answered by 503."""
+    num_failed: int = 0
     drops: int = 0
     """So many uploads are cut off in their middle."""
     drop_commits: int = 0
@@ -91,6 +99,8 @@ class _Handler(BaseHTTPRequestHandler):
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         if hub.down:
             return self.answer(503, b"", {"X-Error-Message": "maintenance"})
+        if hub.outage or hub.chance.random() < hub.failing:
+            return self.fail()
         if path == "/api/validate-yaml":
             return self.validate(**json.loads(body))
         may_write = self.headers.get("Authorization") == f"Bearer {TOKEN}" and not hub.refuses_writes
@@ -119,6 +129,21 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(body)
+
+    def fail(self) -> None:
+        """As a server on a bad day: an answer that says so, none, or one that breaks off."""
+        hub = self.hub
+        hub.num_failed += 1
+        kind = 0 if hub.outage else hub.chance.randrange(3)
+        hub.outage = max(0, hub.outage - 1)
+        if kind == 0:
+            return self.answer(503, b"", {"X-Error-Message": "overloaded"})
+        if kind == 1 and self.command != "HEAD":
+            self.send_response(206 if "Range" in self.headers else 200)
+            self.send_header("Content-Length", "100000")
+            self.end_headers()
+            self.wfile.write(b"[" * 50_000)
+        return self.hang_up()
 
     def hang_up(self) -> None:
         self.close_connection = True
@@ -272,8 +297,15 @@ class _Handler(BaseHTTPRequestHandler):
         if parts[4] not in files:
             return self.answer(404, b"", {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": sha})
         content = files[parts[4]]
-        etag = hashlib.sha256(content).hexdigest()
-        return self.answer(200, content, {"X-Repo-Commit": sha, "ETag": f'"{etag}"'})
+        headers = {"X-Repo-Commit": sha, "ETag": f'"{hashlib.sha256(content).hexdigest()}"'}
+        asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
+        if asked is None:
+            return self.answer(200, content, headers)
+        first, last = int(asked[1]), min(int(asked[2] or len(content) - 1), len(content) - 1)
+        if first >= len(content):
+            return self.answer(416, b"")
+        headers["Content-Range"] = f"bytes {first}-{last}/{len(content)}"
+        return self.answer(206, content[first : last + 1], headers)
 
 
 @contextmanager

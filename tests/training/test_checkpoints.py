@@ -98,6 +98,25 @@ def test_a_damaged_checkpoint_is_put_aside_and_the_one_before_it_taken(home, tmp
     assert_as_straight(home, tmp_path / "run")
 
 
+@pytest.mark.parametrize(
+    "leftovers", [(".step_12.old",), (".step_12.tmp",), (".step_12.old", ".step_12.tmp")]
+)
+def test_one_that_a_kill_left_between_its_names_is_taken_up(home, tmp_path, caplog, leftovers):
+    """The old one of that step had been put aside, or the new one was whole and had no name yet."""
+    config = cut(home, tmp_path / "run", last=12)
+    folder = tmp_path / "run/checkpoints"
+    for leftover in leftovers:
+        shutil.copytree(folder / "step_12", folder / leftover)
+    shutil.rmtree(folder / "step_12")
+    shutil.copytree(folder / "step_8", folder / ".step_16.tmp")
+    (folder / ".step_16.tmp/COMPLETE").unlink()  # torn: this one is none
+    bigsae.train_saes(config)
+    assert caplog.text.count("that is whole, and is taken up") == 1
+    assert f"resumed {folder / 'step_12'} at step 12" in caplog.text
+    assert_as_straight(home, tmp_path / "run")
+    assert not list(folder.glob(".*"))
+
+
 def test_where_all_are_damaged_nothing_is_begun_anew(home, tmp_path):
     config = cut(home, tmp_path / "run", last=8)
     for path in checkpoints(tmp_path / "run/checkpoints"):
