@@ -14,11 +14,13 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benching import lm, step
+from benching import growth, kernels, lm, step
 
 # Subcommand, its file, its line of help.
 BENCHMARKS = {
+    "kernels": (kernels, "each kernel beside torch's own ways and the bound of its memory traffic"),
     "step": (step, "a training step beside its encoder's matmul and other trainers' steps"),
+    "growth": (growth, "a step's time and memory against each size, beside the cost model of bigsae.plan"),
     "lm": (lm, "cost of tracing a truncated forward with nnsight"),
 }
 

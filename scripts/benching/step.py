@@ -149,7 +149,7 @@ def run(arguments: argparse.Namespace) -> None:
     functions = {MATMUL: matmul(weights["W_enc"], batches, arguments.bf16)}
     if device.type == "cuda":
         functions["a pass over weights and moments"] = streaming_pass(weights)
-    functions |= {c.name: _on_batches(c.step, batches) for c in everyone}
+    functions |= {c.name: on_batches(c.step, batches) for c in everyone}
     seconds = paired_times(functions, arguments.rounds, arguments.warmup)
     rows = summarise(seconds, MATMUL)
     against_ours(rows, seconds)
@@ -228,6 +228,7 @@ def profile(function: Callable[[], Any], device: torch.device, num_calls: int = 
     print(profiler.key_averages(group_by_input_shape=True).table(sort_by=kind, row_limit=40))
 
 
-def _on_batches(step: Callable[[Tensor], Any], batches: list[Tensor]) -> Callable[[], Any]:
+def on_batches(step: Callable[[Tensor], Any], batches: list[Tensor]) -> Callable[[], Any]:
+    """`step` on the next batch, and after the last one the first again."""
     inputs = itertools.cycle(batches)
     return lambda: step(next(inputs))
