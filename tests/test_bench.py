@@ -104,3 +104,31 @@ def test_kernels_are_checked_and_timed(monkeypatch, capsys):
     monkeypatch.setattr(kernels, "_PASS_BYTES", 2**16)
     main()
     assert "gradients of both matrices: bigsae" in capsys.readouterr().out
+
+
+def test_growth_stands_beside_the_model(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    from bench import main
+    from benching import growth
+
+    monkeypatch.setattr(growth, "_BASE", {"d_in": 16, "d_sae": 256, "k": 4, "batch": 64})
+    monkeypatch.setattr(growth, "_SIZES", {"d_sae": (256, 512), "k": (2, 4)})
+    out, svg = tmp_path / "growth.json", tmp_path / "growth.svg"
+    flags = [
+        "--device",
+        "cpu",
+        "--rounds",
+        "2",
+        "--most-latents",
+        "512",
+        "--json",
+        str(out),
+        "--svg",
+        str(svg),
+    ]
+    main(["growth", *flags])
+    rows = json.loads(out.read_text())["rows"]
+    assert len(rows) == 4
+    assert all(row["ms_p50"] > 0 and row["model_ms"] > 0 and row["model_bytes"] > 0 for row in rows.values())
+    panels = svg.read_text()
+    assert panels.count("<circle") == 3 * 2 + 1  # and the legend's

@@ -7,6 +7,7 @@ base shape: of the encoder's matmul, and of a pass that reads and writes memory.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import gc
 import time
 from collections.abc import Callable
@@ -39,7 +40,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--most-latents", type=int, default=262_144)
     parser.add_argument("--million", action="store_true", help="also 1,048,576 latents of a narrow SAE")
-    parser.add_argument("--svg", type=Path, help="draw times and memory here")
+    parser.add_argument("--svg", help="draw times and memory to this file")
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,7 @@ def run(arguments: argparse.Namespace) -> None:
         )
     finish(arguments, rows, installed("torch", "triton"))
     if arguments.svg is not None:
-        draw(rows, arguments.svg)
+        draw(rows, Path(arguments.svg))
 
 
 def calibrate(device: torch.device) -> tuple[float, float]:
@@ -179,7 +180,8 @@ def _begin_peak(device: torch.device) -> int:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return torch.cuda.memory_allocated(device)
-    Path("/proc/self/clear_refs").write_text("5")  # Linux: begin the high-water mark anew
+    ctypes.CDLL(None).malloc_trim(0)  # what was freed before would be used again unseen
+    Path("/proc/self/clear_refs").write_text("5")  # Linux with glibc: begin the high-water mark anew
     return _status("VmRSS")
 
 
