@@ -142,33 +142,21 @@ class LatentMajor:
             return sparse_grad_triton.latent_rows(self, coefficients, dense, dtype, add_to=add_to)
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         coefficients, dense = coefficients.flatten()[self.order].to(wide), dense.to(wide)
-        if add_to is not None:
-            return self._add_rows(coefficients, dense, add_to)
-        if dtype == wide:
+        if dtype == wide and add_to is None:
             return _bags(self.tokens, dense, self.crow, coefficients)
-        out = torch.empty(self.d_sae, dense.shape[1], dtype=dtype, device=dense.device)
+        out = add_to
+        if out is None:
+            out = torch.empty(self.d_sae, dense.shape[1], dtype=dtype, device=dense.device)
         size = max(_WIDE_ELEMENTS // max(dense.shape[1], 1), 1)
         crow = self.crow.cpu()
         for first in range(0, self.d_sae, size):
             start, stop = int(crow[first]), int(crow[min(first + size, self.d_sae)])
             own = slice(start, stop)
             bounds = self.crow[first : first + size + 1] - start
-            out[first : first + size] = _bags(self.tokens[own], dense, bounds, coefficients[own])
-        return out
-
-    def _add_rows(self, coefficients: Tensor, dense: Tensor, out: Tensor) -> Tensor:
-        """Add the rows of latents that have pairs to `out`: AuxK selects among few. Inputs are sorted, and wide."""
-        filled = self.counts.nonzero().squeeze(1)
-        # Where latents have no pairs, those of the next one that has some begin where those of the last one end.
-        bounds = F.pad(self.crow[filled], (0, 1), value=len(self.tokens))
-        size = max(_WIDE_ELEMENTS // max(dense.shape[1], 1), 1)
-        ends = bounds.cpu()
-        for first in range(0, len(filled), size):
-            latents = filled[first : first + size]
-            start, stop = int(ends[first]), int(ends[first + len(latents)])
-            part = bounds[first : first + len(latents) + 1] - start
-            rows = _bags(self.tokens[start:stop], dense, part, coefficients[start:stop])
-            out[latents] = rows.add_(out[latents]).to(out.dtype)
+            rows = _bags(self.tokens[own], dense, bounds, coefficients[own])
+            if add_to is not None:
+                rows += out[first : first + size]
+            out[first : first + size] = rows
         return out
 
     def sums(self, coefficients: Tensor, *, dtype: torch.dtype | None = None) -> Tensor:
