@@ -21,10 +21,8 @@ _SLAB_BYTES = 256 * 2**20
 _cpu_slabs = threading.local()
 # On CPU in float32 oneDNN's matmul by parts that stay in the cache is faster than BLAS's into the slab: [2048, 576] x
 # 16,384 on 2 AVX2 cores takes 299 ms by 256 rows (16 MB, which malloc also gives again without page faults), 334 by
-# 128 and 371 by 64, where MKL's takes 347 to 406; and the selection finds what it reads in the cache. For each thread;
-# more than two do not make a shared cache larger.
-_CACHED_BYTES = 8 * 2**20
-_MOST_SHARES = 2
+# 128 and 371 by 64, where MKL's takes 347 to 406; and the selection finds what it reads in the cache.
+_CACHED_BYTES = 16 * 2**20
 _LEAST_ROWS = 128
 
 
@@ -66,8 +64,7 @@ def pre_acts_by_slab(
         slab_rows = default_slab_rows(d_sae, x)
     slab_rows = min(slab_rows, max(batch, 1))
     W_enc, b_enc = W_enc.to(x.dtype), b_enc.to(x.dtype)
-    cached_bytes = _CACHED_BYTES * min(torch.get_num_threads(), _MOST_SHARES)
-    cached_rows = min(cached_bytes // (d_sae * x.element_size()), slab_rows)
+    cached_rows = min(_CACHED_BYTES // (d_sae * x.element_size()), slab_rows)
     if _has_onednn(x) and cached_rows >= min(_LEAST_ROWS, batch) > 0:
         for start in range(0, batch, cached_rows):
             chunk = x[start : start + cached_rows].contiguous()
