@@ -82,6 +82,7 @@ def test_peers_step_from_the_same_weights(step, monkeypatch, capsys, arch):
     assert ("eai-sparsify: skipped, as it has no" in printed) == (arch != "topk")
 
 
+@pytest.mark.slow
 def test_ranks_are_timed_against_one(tmp_path):
     arguments = ["--k", "4", "--ranks", "2", "--json", str(tmp_path / "ranks.json")]
     done = subprocess.run(
