@@ -1,5 +1,6 @@
 """Benchmarks. Each subcommand checks that what it compares agrees, then times it, paired and interleaved.
 
+python scripts/bench.py step --device cpu --arch topk --d-sae 16384 --json step.json
 python scripts/bench.py lm --model HuggingFaceTB/SmolLM2-135M --hookpoint model.layers.6 --json lm.json
 """
 
@@ -13,10 +14,15 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benching import lm
+from benching import growth, kernels, lm, step
 
 # Subcommand, its file, its line of help.
-BENCHMARKS = {"lm": (lm, "cost of tracing a truncated forward with nnsight")}
+BENCHMARKS = {
+    "kernels": (kernels, "each kernel beside torch's own ways and the bound of its memory traffic"),
+    "step": (step, "a training step beside its encoder's matmul and other trainers' steps"),
+    "growth": (growth, "a step's time and memory against each size, beside the cost model of bigsae.plan"),
+    "lm": (lm, "cost of tracing a truncated forward with nnsight"),
+}
 
 
 def main(argv: list[str] | None = None) -> None:

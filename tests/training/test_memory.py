@@ -104,6 +104,7 @@ def step(
 ) -> Step:
     """Measure the fourth step of a training."""
     monkeypatch.setattr(encode, "_cpu_slabs", threading.local())
+    monkeypatch.setattr(encode, "_CACHED_BYTES", 0)  # less than the slab, on the CPU alone
     config = SAEConfig(d_sae=d_sae, init_tokens=1024, slab_mb=slab_mb, **sae)
     batches = [torch.randn(batch, D_IN, generator=torch.Generator().manual_seed(i)) for i in range(4)]
     x = batches.pop()

@@ -1,0 +1,221 @@
+"""How a step's time and memory grow with each size, beside what the cost model of bigsae.plan says.
+
+The model counts operations and bytes; here it gets the two rates of this device as measured in the same run, at the
+base shape: of the encoder's matmul, and of a pass that reads and writes memory. Nothing is fitted to the other shapes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import gc
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benching import plot, step
+from benching.common import finish, percentile
+from benching.step import installed
+
+_BASE = {"d_in": 576, "d_sae": 16_384, "k": 32, "batch": 2048}
+_SIZES = {
+    "d_sae": (4096, 8192, 16_384, 32_768, 65_536, 131_072, 262_144),
+    "k": (8, 16, 32, 64, 128),
+    "batch": (512, 1024, 2048, 4096, 8192),
+    "d_in": (128, 256, 576, 1024, 2048),
+}
+_MANY = {"d_in": 64, "d_sae": 2**20, "k": 32, "batch": 512}
+_CALIBRATION_ROUNDS = 5
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Options of `bench.py growth`."""
+    parser.add_argument("--arch", choices=("topk", "batchtopk", "jumprelu"), default="topk")
+    parser.add_argument(
+        "--sizes", nargs="*", choices=list(_SIZES), default=list(_SIZES), help="which to vary"
+    )
+    parser.add_argument("--most-latents", type=int, default=262_144)
+    parser.add_argument("--million", action="store_true", help="also 1,048,576 latents of a narrow SAE")
+    parser.add_argument("--svg", help="draw times and memory to this file")
+
+
+@dataclass(frozen=True)
+class Point:
+    """One shape."""
+
+    varied: str
+    d_in: int
+    d_sae: int
+    k: int
+    batch: int
+
+    @property
+    def name(self) -> str:
+        """As a row of the table."""
+        return f"{self.varied}: d_in {self.d_in}, d_sae {self.d_sae}, k {self.k}, batch {self.batch}"
+
+    @property
+    def size(self) -> int:
+        """Of what is varied."""
+        return getattr(self, self.varied)
+
+
+def points(arguments: argparse.Namespace) -> list[Point]:
+    """The base shape with one size at a time varied."""
+    found = [
+        Point(varied, **{**_BASE, varied: size})
+        for varied in arguments.sizes
+        for size in _SIZES[varied]
+        if varied != "d_sae" or size <= arguments.most_latents
+    ]
+    return found + [Point("d_sae", **_MANY)] * arguments.million
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Measure every point, and print what the model says beside it."""
+    device = torch.device(arguments.device)
+    rates = calibrate(device)
+    print(f"matmul {rates[0] / 1e9:.0f} GFLOP/s, memory {rates[1] / 1e9:.1f} GB/s")
+    rows = {}
+    for point in points(arguments):
+        row = measure(point, arguments, device)
+        row |= {f"model_{key}": value for key, value in model(point, arguments.arch, rates).items()}
+        row["ratio_p50"] = row["ms_p50"] / row["model_ms"]
+        row["memory_ratio"] = row["bytes"] / row["model_bytes"]
+        row |= {"ratio_p20": row["ms_p20"] / row["model_ms"], "ratio_p80": row["ms_p80"] / row["model_ms"]}
+        row |= {"size": point.size, "flops_per_second": rates[0], "bytes_per_second": rates[1]}
+        rows[point.name] = row
+        print(
+            f"{point.name}: {row['ms_p50']:.1f} ms, model {row['model_ms']:.1f}; {row['bytes'] / 2**20:.0f} MiB, "
+            f"model {row['model_bytes'] / 2**20:.0f}",
+            flush=True,
+        )
+    finish(arguments, rows, installed("torch", "triton"))
+    if arguments.svg is not None:
+        draw(rows, Path(arguments.svg))
+
+
+def calibrate(device: torch.device) -> tuple[float, float]:
+    """Operations a second of the encoder's matmul at the base shape, and bytes a second of a pass over memory."""
+    from bigsae.kernels.encode import pre_acts_by_slab
+
+    base = Point("d_sae", **_BASE)
+    x, W_enc = (
+        torch.randn(base.batch, base.d_in, device=device),
+        torch.randn(base.d_sae, base.d_in, device=device),
+    )
+    bias = torch.zeros(base.d_sae, device=device)
+
+    @torch.no_grad()
+    def multiply() -> None:
+        for _ in pre_acts_by_slab(x, W_enc, bias, None):
+            pass
+
+    moved = [torch.ones_like(W_enc) for _ in range(6)]
+    flops = 2 * base.batch * base.d_in * base.d_sae
+    num_bytes = 2 * sum(t.nbytes for t in moved)
+    fastest = [percentile(_times(f, device), 50) for f in (multiply, lambda: torch._foreach_mul_(moved, 1.0))]
+    return flops / fastest[0], num_bytes / fastest[1]
+
+
+def _times(
+    function: Callable[[], Any], device: torch.device, rounds: int = _CALIBRATION_ROUNDS
+) -> list[float]:
+    seconds = []
+    for number in range(rounds + 1):
+        begun = time.perf_counter()
+        function()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        if number:  # the first one warms up
+            seconds.append(time.perf_counter() - begun)
+    return seconds
+
+
+def measure(point: Point, arguments: argparse.Namespace, device: torch.device) -> dict[str, float]:
+    """Milliseconds of a step (20, 50, 80 %), and the most bytes that the trainer takes beside the batches."""
+    from bigsae.parallel.mesh import alone
+
+    shape = argparse.Namespace(**vars(replace(point)), arch=arguments.arch, bf16=False, grad_dtype="float32")
+    batches = step.make_batches(shape, device)
+    gc.collect()
+    before = _begin_peak(device)
+    trainer = step.make_trainer(shape, alone(device), batches[0])
+    step.settle(trainer, 1, batches)
+    seconds = _times(step.on_batches(trainer.train_step, batches), device, arguments.rounds)
+    used = _peak(device) - before
+    return {**{f"ms_p{p}": 1e3 * percentile(seconds, p) for p in (20, 50, 80)}, "bytes": used}
+
+
+def model(point: Point, arch: str, rates: tuple[float, float]) -> dict[str, float]:
+    """Milliseconds and bytes of bigsae.plan for a device of these rates."""
+    from bigsae.checks import resolve_sae
+    from bigsae.config import OptimConfig, SAEConfig
+    from bigsae.parallel.memory import sae_bytes, sae_shape
+    from bigsae.planning import gpus
+    from bigsae.planning.options import PlanConfig
+    from bigsae.planning.stages import Mesh, sae_stages
+
+    sparsity: dict[str, Any] = {"target_l0": float(point.k)} if arch == "jumprelu" else {"k": point.k}
+    config = resolve_sae(SAEConfig(architecture=arch, d_sae=point.d_sae, **sparsity))  # pyright: ignore[reportArgumentType]
+    shape = sae_shape(config, OptimConfig(), point.d_in, point.d_sae)
+    compute, memory = rates[0] / gpus.MATMUL_EFFICIENCY, rates[1] / gpus.MEMORY_EFFICIENCY
+    device = gpus.GPU(None, compute, compute, memory, 1.0, 1.0)
+    plan = PlanConfig("", (), batch_size_tokens=point.batch)
+    stages = sae_stages(plan, [shape], Mesh(1, 1, 1, 1), with_auxk=False)
+    taken = sae_bytes(shape, 1, 1, point.batch, first_tokens=point.batch)
+    return {
+        "ms": 1e3 * sum(stage.seconds(device) for stage in stages),
+        "bytes": taken.kept + taken.step,
+        **{f"ms of {stage.name}": 1e3 * stage.seconds(device) for stage in stages},
+    }
+
+
+def _begin_peak(device: torch.device) -> int:
+    """Bytes in use now; the peak is counted from here on."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return torch.cuda.memory_allocated(device)
+    ctypes.CDLL(None).malloc_trim(0)  # what was freed before would be used again unseen
+    Path("/proc/self/clear_refs").write_text("5")  # Linux with glibc: begin the high-water mark anew
+    return _status("VmRSS")
+
+
+def _peak(device: torch.device) -> int:
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _status("VmHWM")
+
+
+def _status(name: str) -> int:
+    """Bytes of this process, by their name in Linux's /proc."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
+
+
+def draw(rows: dict[str, dict[str, float]], path: Path) -> None:
+    """A panel of times for each size that was varied, and one of memory against d_sae."""
+    panels = []
+    for varied in _SIZES:
+        own = [
+            row
+            for name, row in rows.items()
+            if name.startswith(f"{varied}:") and f"d_in {_MANY['d_in']}," not in name
+        ]
+        if own:
+            sizes = [row["size"] for row in own]
+            panels.append(_panel(varied, "ms", sizes, own, "ms_p50", "model_ms", 1.0))
+            if varied == "d_sae":
+                panels.append(_panel(varied, "MiB", sizes, own, "bytes", "model_bytes", 2**-20))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(plot.svg(panels))
+
+
+def _panel(
+    x: str, y: str, sizes: list[float], rows: list[dict[str, float]], found: str, expected: str, unit: float
+) -> plot.Panel:
+    return plot.Panel(
+        x, y, sizes, [row[found] * unit for row in rows], [row[expected] * unit for row in rows]
+    )
