@@ -13,10 +13,13 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benching import lm
+from benching import lm, train
 
 # Subcommand, its file, its line of help.
-BENCHMARKS = {"lm": (lm, "cost of tracing a truncated forward with nnsight")}
+BENCHMARKS = {
+    "lm": (lm, "cost of tracing a truncated forward with nnsight"),
+    "train": (train, "whole runs against SAELens's runner"),
+}
 
 
 def main(argv: list[str] | None = None) -> None:
