@@ -13,10 +13,11 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benching import lm, train
+from benching import harvest, lm, train
 
 # Subcommand, its file, its line of help.
 BENCHMARKS = {
+    "harvest": (harvest, "text to activations in the buffer, against a bare truncated forward"),
     "lm": (lm, "cost of tracing a truncated forward with nnsight"),
     "train": (train, "whole runs against SAELens's runner"),
 }
