@@ -2,7 +2,8 @@
 
 Each training is a process of its own; the trainers take turns. Its time begins when everything is loaded and ends with
 the last step: the first filling of the buffer is in it, and for bigsae the starts that it takes from that. SAELens gets
-a single batch to estimate the activations' scale from, as it throws it away.
+a single batch to estimate the activations' scale from, as it throws it away. It is trained by its defaults, and with
+its sparse activations.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from torch import Tensor
 
 from benching.common import commit, machine, percentile
 
-TRAINERS = ("bigsae", "sae-lens")
+TRAINERS = ("bigsae", "sae-lens", "sae-lens, sparse")
 _SCRIPT = Path(__file__).resolve().parent.parent / "bench.py"
 _HELDOUT_DOCUMENTS = 16
 
@@ -43,9 +44,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--buffer", type=int, default=16384, help="activations that are shuffled together")
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--heldout-rows", type=int, default=32)
-    parser.add_argument(
-        "--dense", action="store_true", help="SAELens without its sparse activations, which are else on"
-    )
     parser.add_argument("--under", default="", help="command to run each training under, e.g. taskset -c 0,1")
     parser.add_argument("--one", choices=TRAINERS, help=argparse.SUPPRESS)
     parser.add_argument("--home", type=Path, help=argparse.SUPPRESS)
@@ -54,8 +52,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """The trainers in turn, and what they took."""
     if arguments.one:
-        train = {"bigsae": _train_bigsae, "sae-lens": _train_saelens}[arguments.one]
-        print(json.dumps(train(arguments)))
+        ours = arguments.one == "bigsae"
+        print(json.dumps(_train_bigsae(arguments) if ours else _train_saelens(arguments)))
         return
     found: dict[str, list[dict[str, float]]] = {name: [] for name in TRAINERS}
     with tempfile.TemporaryDirectory() as folder:
@@ -151,6 +149,7 @@ def _train_saelens(arguments: argparse.Namespace) -> dict[str, float]:
     from sae_lens.training.sae_trainer import SAETrainer
     from transformers import AutoConfig
 
+    sparse = "sparse" in arguments.one
     taken: list[float] = []
     fit = SAETrainer.fit
 
@@ -166,7 +165,9 @@ def _train_saelens(arguments: argparse.Namespace) -> dict[str, float]:
             d_in=AutoConfig.from_pretrained(arguments.model).hidden_size,
             d_sae=arguments.d_sae,
             k=arguments.k,
-            use_sparse_activations=not arguments.dense,
+            # Gradients of the norms by which it rescales, its default, need dense activations.
+            use_sparse_activations=sparse,
+            rescale_acts_by_decoder_norm=not sparse,
             normalize_activations="expected_average_only_in",
             decoder_init_norm=0.1,
         )
@@ -219,16 +220,20 @@ def _matmul_tflops(size: int = 2048, rounds: int = 7) -> float:
 def _finish(arguments: argparse.Namespace, found: dict[str, list[dict[str, float]]]) -> None:
     """Every value, medians, and the paired ratio of the times."""
     tokens = arguments.steps * arguments.batch
-    ratios = [theirs["seconds"] / ours["seconds"] for ours, theirs in zip(*found.values(), strict=True)]
+    ratios = {
+        name: [run["seconds"] / ours["seconds"] for run, ours in zip(runs, found["bigsae"], strict=True)]
+        for name, runs in found.items()
+    }
     medians = {
         name: {key: percentile([run[key] for run in runs], 50) for key in runs[0]}
         for name, runs in found.items()
     }
+    width = max(map(len, TRAINERS))
     for name, values in medians.items():
+        rate, ratio = tokens / values["seconds"], percentile(ratios[name], 50)
         print(
-            f"{name:9} {tokens / values['seconds']:8,.0f} tokens/s  fvu {values['fvu']:.4f}  l0 {values['l0']:.1f}"
+            f"{name:{width}} {rate:8,.0f} tokens/s  x {ratio:.2f}  fvu {values['fvu']:.4f}  l0 {values['l0']:.1f}"
         )
-    print(f"bigsae is {percentile(ratios, 50):.2f} times as fast (rounds: {[round(r, 2) for r in ratios]})")
     if arguments.json is None:
         return
     hidden = ("json", "run", "one", "home", "under")
@@ -242,7 +247,7 @@ def _finish(arguments: argparse.Namespace, found: dict[str, list[dict[str, float
         "tokens": tokens,
         "runs": found,
         "medians": medians,
-        "ratio": {"values": ratios, "median": percentile(ratios, 50)},
+        "seconds_by_bigsae_s": ratios,
     }
     arguments.json.parent.mkdir(parents=True, exist_ok=True)
     arguments.json.write_text(json.dumps(record, indent=2) + "\n")
