@@ -305,6 +305,12 @@ def check(config: TrainConfig, num_ranks: int) -> None:
         _at_least(flag, value, 0)
     if config.data.heldout_seed is not None:
         _at_least("--data.heldout-seed", config.data.heldout_seed, 0)
+    if len(config.peak_tflops) > 2:
+        raise UserError(
+            "--peak-tflops takes one number, or two: of the language model's data type, of the SAE's"
+        )
+    for peak in config.peak_tflops:
+        _positive("--peak-tflops", peak)
     _at_least("--ctx-len", config.ctx_len, 2)
     if not 0 <= config.seed < _SEEDS:
         raise UserError(f"--seed {short(config.seed)} must be at least 0 and below 2^64")

@@ -344,6 +344,11 @@ class TrainConfig:
     """Steps between rows of metrics.jsonl."""
     log_with: tuple[Literal["wandb", "tensorboard", "trackio"], ...] = ()
     """Trackers that get these rows as well."""
+    peak_tflops: tuple[float, ...] = ()
+    """Peak of a rank's device in TFLOP/s, of which lm_mfu and sae_mfu in metrics.jsonl are the shares that are reached:
+    in the data type of the language model and in that of the SAE's encoder, or one number for both. Default: NVIDIA's
+    figures of dense matmuls for A100, and for H100, H200 and B200 on SXM boards; on other devices the two are left
+    out."""
     resume: bool = False
     """Go on from the newest whole checkpoint in --output-dir; starts afresh, and says so, where there is none."""
     timeout: float = 30.0

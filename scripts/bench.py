@@ -14,14 +14,16 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benching import growth, kernels, lm, step
+from benching import growth, harvest, kernels, lm, step, train
 
 # Subcommand, its file, its line of help.
 BENCHMARKS = {
     "kernels": (kernels, "each kernel beside torch's own ways and the bound of its memory traffic"),
     "step": (step, "a training step beside its encoder's matmul and other trainers' steps"),
     "growth": (growth, "a step's time and memory against each size, beside the cost model of bigsae.plan"),
+    "harvest": (harvest, "text to activations in the buffer, against a bare truncated forward"),
     "lm": (lm, "cost of tracing a truncated forward with nnsight"),
+    "train": (train, "whole runs against SAELens's runner"),
 }
 
 

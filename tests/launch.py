@@ -20,7 +20,9 @@ TWO_RANKS = (
     sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
     "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", "-m", "bigsae.train",
 )  # fmt: skip
-TIMINGS = ("tokens_per_second", "lm_time_share", "sae_time_share")
+TIMINGS = (
+    "tokens_per_second", "lm_time_share", "sae_time_share", "lm_tflops", "sae_tflops", "lm_mfu", "sae_mfu"
+)  # fmt: skip
 ONE_RANK = (sys.executable, "-m", "bigsae.train")
 
 

@@ -46,6 +46,8 @@ class Harvest:
         self.micro_batch_rows, self.ctx_len, self.batch_tokens = micro_batch_rows, ctx_len, batch_tokens
         self.seconds = 0.0
         """Wall-clock time spent here, waiting for other ranks included."""
+        self.num_tokens = 0
+        """Tokens of this rank's rows that went through the language model, those that are left out with them."""
         self.refilling = True
         self._least_unread = 0  # of all ranks
         self._exhausted = False
@@ -140,6 +142,7 @@ class Harvest:
             kept[name] = values.flatten(0, 1)[keep.to(values.device)]
             finite[i] &= torch.isfinite(kept[name]).all()
         self.buffer.write(kept)
+        self.num_tokens += rows.numel()
 
     def _refuse_non_finite(self, finite: Tensor, step: int) -> None:
         broken = collectives.max_ints([int(not ok) for ok in finite.tolist()], self.mesh.control)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any, Literal
 
@@ -21,7 +21,7 @@ from bigsae.config import UserError
 
 INPUT_SUFFIX = ":input"
 _TRANSFORMER_LENS = re.compile(r"blocks\.([^.]+)\.hook_(resid_pre|resid_post|mlp_out|attn_out)")
-_ATTENTION_NAMES = ("attn", "attention")
+ATTENTION_NAMES = ("attn", "attention")
 _MLP_NAMES = ("mlp", "feed_forward", "feedforward", "ffn", "moe")
 
 
@@ -47,6 +47,8 @@ class Site:
     """Its width: the activation is `[rows, ctx, d_in]`."""
     layer: int
     """Last decoder layer (0-based) that has begun when it appears; -1 before the first."""
+    ran: frozenset[str] = field(default=frozenset(), compare=False)
+    """The modules of that layer that have been called by then, by their names within it; "" is the layer itself."""
 
     @property
     def name(self) -> str:
@@ -186,7 +188,7 @@ def _block_child(layer: nn.Module, kind: str, name: str) -> str:
     children = [child for child, _ in layer.named_children()]
     if "post_feedforward_layernorm" in children:
         return "post_attention_layernorm" if kind == "attn_out" else "post_feedforward_layernorm"
-    wanted = _ATTENTION_NAMES if kind == "attn_out" else _MLP_NAMES
+    wanted = ATTENTION_NAMES if kind == "attn_out" else _MLP_NAMES
     candidates = [
         child
         for child in children
@@ -252,19 +254,20 @@ def locate(model: PreTrainedModel, hookpoints: Sequence[Hookpoint]) -> tuple[Sit
     """
     layers_path, layers = decoder_layers(model)
     met: dict[str, Site] = {}
-    begun = -1
+    begun, ran = -1, set()
     rows, ctx = 2, 4
 
     def begin_layer(index: int) -> None:
-        nonlocal begun
-        begun = max(begun, index)
+        nonlocal begun, ran
+        if index > begun:
+            begun, ran = index, set()
 
     def meet(hookpoint: Hookpoint, value: Any) -> None:
         if hookpoint.name in met:
             return
         activation = activation_of(value)
         _check_activation(hookpoint, activation, (rows, ctx))
-        met[hookpoint.name] = Site(hookpoint, activation.shape[-1], begun)
+        met[hookpoint.name] = Site(hookpoint, activation.shape[-1], begun, frozenset(ran))
         if len(met) == len(hookpoints):
             raise _Seen
 
@@ -272,6 +275,9 @@ def locate(model: PreTrainedModel, hookpoints: Sequence[Hookpoint]) -> tuple[Sit
         layer.register_forward_pre_hook(lambda *_, index=index: begin_layer(index))
         for index, layer in enumerate(layers)
     ]
+    for layer in layers:
+        for name, module in layer.named_modules():
+            handles.append(module.register_forward_hook(lambda *_, name=name: ran.add(name)))
     for hookpoint in hookpoints:
         module = model.get_submodule(hookpoint.path)
         if hookpoint.side == "input":

@@ -8,6 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from bigsae.parallel.peaks import PEAKS
+
 Resource = Literal["compute", "memory bandwidth", "NVLink", "network"]
 
 MATMUL_EFFICIENCY = 0.6
@@ -38,10 +40,10 @@ class GPU:
 
 # NVIDIA's data sheets, SXM boards; eight 400 Gbit/s ports a node (A100: 200 Gbit/s). cpu: one core of a server.
 GPUS = {
-    "h100": GPU(80, 989e12, 67e12, 3.35e12, 450e9, 50e9),
-    "h200": GPU(141, 989e12, 67e12, 4.8e12, 450e9, 50e9),
-    "a100": GPU(80, 312e12, 19.5e12, 2.0e12, 300e9, 25e9),
-    "b200": GPU(180, 2250e12, 75e12, 7.7e12, 900e9, 50e9),
+    "h100": GPU(80, PEAKS["h100"].bf16, PEAKS["h100"].fp32, 3.35e12, 450e9, 50e9),
+    "h200": GPU(141, PEAKS["h200"].bf16, PEAKS["h200"].fp32, 4.8e12, 450e9, 50e9),
+    "a100": GPU(80, PEAKS["a100"].bf16, PEAKS["a100"].fp32, 2.0e12, 300e9, 25e9),
+    "b200": GPU(180, PEAKS["b200"].bf16, PEAKS["b200"].fp32, 7.7e12, 900e9, 50e9),
     "cpu": GPU(None, 0.1e12, 0.1e12, 10e9, 5e9, 1e9),
 }
 

@@ -11,6 +11,7 @@ from torch import nn
 
 from bigsae.config import LMConfig
 from bigsae.lm import loading
+from bigsae.lm.flops import ForwardWork, forward_work, matrices_of
 from bigsae.lm.hookpoints import decoder_layers, locate, resolve_targets
 from bigsae.lm.loading import meta_model
 from bigsae.parallel.memory import DTYPE_BYTES
@@ -53,7 +54,7 @@ class LMFacts:
     widest_layer: float
     """Outputs of all matrices of one layer, elements a token."""
     attention_width: int
-    """heads x head_dim, over all layers that a forward goes through."""
+    """heads x head_dim, over all layers whose attention runs."""
     widths: dict[str, int]
     """d_in of each hookpoint that is read, in the order of the forward."""
     targets: tuple[tuple[str, str], ...]
@@ -102,7 +103,7 @@ class LMFacts:
 
     def flops(self, ctx_len: int) -> float:
         """Of a token's way to the last hookpoint; attention as causal."""
-        return 2 * self.matmul_weights + 2 * ctx_len * self.attention_width
+        return ForwardWork(self.matmul_weights, self.attention_width).flops(ctx_len)
 
     def moved_bytes(self, lm: LMConfig, num_tokens: int) -> float:
         """Bytes that a forward of `num_tokens` tokens reads and writes in the GPU's memory."""
@@ -122,12 +123,18 @@ def lm_facts(config: PlanConfig) -> LMFacts:
     kept = loading.cut_config(meta, config.lm, num_needed).get_text_config().num_hidden_layers
     if config.eval.ce:
         kept = meta.config.get_text_config().num_hidden_layers
-    facts = _facts(meta, kept, num_needed, widths, tuple((a.name, b.name) for a, b in targets))
+    work = forward_work(meta, sites)
+    facts = _facts(meta, kept, num_needed, widths, tuple((a.name, b.name) for a, b in targets), work)
     return replace(facts, logits_width=loading.vocab_size(meta.config)) if config.eval.ce else facts
 
 
 def _facts(
-    meta: Any, num_kept: int, num_used: int, widths: dict[str, int], targets: tuple[tuple[str, str], ...]
+    meta: Any,
+    num_kept: int,
+    num_used: int,
+    widths: dict[str, int],
+    targets: tuple[tuple[str, str], ...],
+    work: ForwardWork,
 ) -> LMFacts:
     path, layers = decoder_layers(meta)
     text = meta.config.get_text_config()
@@ -141,7 +148,7 @@ def _facts(
     if own_ends:
         units = [_unit(ends[0].parameters()), *units, _unit(ends[1].parameters())]
     in_units = in_layers | ({id(p) for end in ends for p in end.parameters()} if own_ends else set())
-    per_layer = [_matrices(layer, text) for layer in used_layers]
+    per_layer = [matrices_of(layer, text) for layer in used_layers]
     matrices = [matrix for layer in per_layer for matrix in layer]
     dropped = tuple(f"{path}.{index}." for index in range(num_kept, len(layers)))
     buffers = [b for name, b in meta.named_buffers() if not name.startswith(dropped)]
@@ -150,11 +157,11 @@ def _facts(
         units=tuple(units),
         num_layers=num_kept,
         buffers=sum(b.numel() * b.element_size() for b in buffers),
-        matmul_weights=sum(part * rows * cols for part, rows, cols in matrices),
+        matmul_weights=work.matmul_weights,
         layer_elements=sum(_unit(layer.parameters()).num_elements() for layer in used_layers),
         matmul_widths=sum(part * (rows + cols) for part, rows, cols in matrices),
         widest_layer=max(sum(part * rows for part, rows, _ in layer) for layer in per_layer),
-        attention_width=_attention_width(text) * num_used,
+        attention_width=work.attention_width,
         widths=widths,
         targets=targets,
         logits_width=0,
@@ -163,30 +170,6 @@ def _facts(
 
 def _unit(parameters: Any) -> Unit:
     return Unit(tuple(tuple(parameter.shape) for parameter in parameters))
-
-
-def _matrices(layer: nn.Module, text: Any) -> list[tuple[float, int, int]]:
-    """The matrices of a layer by which a token is multiplied: how many of each on average, outputs, inputs."""
-    active = getattr(text, "num_experts_per_tok", None) or 1
-    found: list[tuple[float, int, int]] = []
-    for parameter in layer.parameters():
-        shape = tuple(parameter.shape)
-        if len(shape) == 2:
-            found.append((1, *shape))
-        elif len(shape) == 3 and shape[0] in _num_experts(text):
-            found.append((active, shape[1], shape[2]))
-    return found
-
-
-def _num_experts(text: Any) -> Sequence[int]:
-    names = ("num_experts", "num_local_experts", "n_routed_experts")
-    return [value for name in names if (value := getattr(text, name, None))]
-
-
-def _attention_width(text: Any) -> int:
-    heads = getattr(text, "num_attention_heads", 0) or 0
-    head_dim = getattr(text, "head_dim", None) or (text.hidden_size // heads if heads else 0)
-    return heads * head_dim
 
 
 def _numel(shape: Sequence[int]) -> int:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from bigsae.parallel.choose import step_shape
+from bigsae.parallel.flops import decode_flops, encode_flops, gradient_flops
 from bigsae.parallel.memory import DTYPE_BYTES, SAEShape
 from bigsae.parallel.traffic import Payload, sent_bytes, step_payloads
 from bigsae.planning.gpus import GPU, Resource, seconds
@@ -155,13 +156,13 @@ def _encode(name: str, shape: SAEShape, batch: int, own: int, dtype: str) -> Sta
     moved = num_slabs * own * shape.d_in * e + 3 * batch * own * e + batch * shape.d_in * e
     if e != shape.weight_bytes:
         moved += own * shape.d_in * (shape.weight_bytes + e)
-    return Stage(name, dtype, flops=2.0 * batch * shape.d_in * own, moved=moved)
+    return Stage(name, dtype, flops=encode_flops(shape, batch, own), moved=moved)
 
 
 def _decode(name: str, shape: SAEShape, batch: int, pairs: float) -> Stage:
     """A row of W_dec for each selected latent."""
     moved = pairs * shape.d_out * shape.weight_bytes + 4 * batch * shape.d_out
-    return Stage(name, "float32", flops=2 * pairs * shape.d_out, moved=moved)
+    return Stage(name, "float32", flops=decode_flops(shape, pairs), moved=moved)
 
 
 def _gradients(name: str, shape: SAEShape, batch: int, own: int, pairs: float) -> Stage:
@@ -172,8 +173,8 @@ def _gradients(name: str, shape: SAEShape, batch: int, own: int, pairs: float) -
     through_encoder = shape.d_in if shape.centred else 0
     rows = pairs * (shape.weight_bytes * (shape.d_out + through_encoder) + 4 * (shape.d_in + shape.d_out))
     written = own * (shape.d_in + shape.d_out) * shape.grad_bytes
-    flops = 2 * pairs * (2 * shape.d_out + shape.d_in + through_encoder)
-    return Stage(name, "float32", flops=flops, moved=rows + written + 8 * batch * shape.d_out)
+    moved = rows + written + 8 * batch * shape.d_out
+    return Stage(name, "float32", flops=gradient_flops(shape, pairs), moved=moved)
 
 
 def _optimiser(shape: SAEShape, own: int, updates: float) -> Stage:

@@ -18,6 +18,7 @@ from bigsae.training.progress import ProgressBar
 from bigsae.training.publish import export_saes, publish, publish_finished
 from bigsae.training.saving import met_nonfinite, save, save_last, settle
 from bigsae.training.state import Run
+from bigsae.training.throughput import sae_flops
 from bigsae.training.trainer import SAETrainer
 from bigsae.training.variants import Job
 from bigsae.training.watch import check_replicas
@@ -190,11 +191,12 @@ def _log(run: Run, bar: ProgressBar) -> bool:
     metrics = run.of_all_ranks({name: _read_metrics(trainer) for name, trainer in run.trainers.items()})
     seconds = time.perf_counter() - run.clock["time"]
     num_tokens = (run.step - run.clock["step"]) * run.config.batch_size_tokens
-    lm_share = (run.harvest.seconds - run.clock["harvest"]) / seconds
+    lm_seconds = run.harvest.seconds - run.clock["harvest"]
     timing = {
         "tokens_per_second": num_tokens / seconds,
-        "lm_time_share": lm_share,
-        "sae_time_share": 1 - lm_share,
+        "lm_time_share": lm_seconds / seconds,
+        "sae_time_share": 1 - lm_seconds / seconds,
+        **_throughput(run, metrics, lm_seconds, seconds - lm_seconds),
     }
     run.num_unlogged = 0
     _restart_clock(run)
@@ -205,6 +207,17 @@ def _log(run: Run, bar: ProgressBar) -> bool:
         _write_row(run, name, values | timing)
     bar.show(run.step, next(iter(metrics.values())) | timing)
     return False
+
+
+def _throughput(
+    run: Run, metrics: dict[str, dict[str, float]], lm_seconds: float, sae_seconds: float
+) -> dict[str, float]:
+    """Operations a second of this rank, and what part of its device's peak they are."""
+    flops = sum(
+        sae_flops(trainer, run.config.batch_size_tokens, metrics[name])
+        for name, trainer in run.trainers.items()
+    )
+    return run.throughput.metrics(run.harvest.num_tokens, lm_seconds, flops, sae_seconds)
 
 
 def _tell_spikes(run: Run, name: str, loss: float) -> None:

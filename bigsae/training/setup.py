@@ -21,6 +21,7 @@ from bigsae.data.harvest import Harvest
 from bigsae.data.text import open_text
 from bigsae.kernels.dispatch import backend
 from bigsae.lm.activations import Extractor
+from bigsae.lm.flops import forward_work
 from bigsae.lm.hookpoints import locate, resolve_targets
 from bigsae.lm.loading import (
     download_lm,
@@ -53,6 +54,7 @@ from bigsae.training.signals import StopSignal
 from bigsae.training.start import load_start
 from bigsae.training.state import Run
 from bigsae.training.supply import build_harvest
+from bigsae.training.throughput import throughput
 from bigsae.training.trackers import Trackers
 from bigsae.training.variants import (
     Job,
@@ -116,7 +118,9 @@ def prepare(config: TrainConfig, stop: StopSignal) -> tuple[Run, Callable[[], No
     model = load_lm(config.model, config.lm, meta, layout, mesh.device, sites, all_layers=config.eval.ce)
     limit_waits(process_groups(model), config.timeout)
     harvest = build_harvest(config, widths, rows, Extractor(model, sites), text.kept, mesh)
-    given = _Given(harvest, rows, heldout, text.prepend_bos, f"language model {layout}", local_bytes(model))
+    flops = forward_work(meta, sites).flops(config.ctx_len)
+    description = f"language model {layout}"
+    given = _Given(harvest, rows, heldout, text.prepend_bos, description, local_bytes(model), flops)
     return _begin(config, given, around, jobs, widths)
 
 
@@ -140,6 +144,8 @@ class _Given:
     prepend_bos: bool
     description: str
     lm_bytes: int
+    lm_flops: float
+    """Of a token's way to the last hookpoint."""
 
 
 def _prepare_cached(
@@ -158,7 +164,7 @@ def _prepare_cached(
         cache = open_cache(found, tuple(widths))
     harvest, rows, heldout = cached_harvest(config, cache, found.name, mesh)
     description = f"activations of {found.name} ({found.index.num_activations:,}, {found.index.dtype})"
-    given = _Given(harvest, rows, heldout, found.index.prepend_bos, description, 0)
+    given = _Given(harvest, rows, heldout, found.index.prepend_bos, description, 0, 0.0)
     return _begin(config, given, around, jobs, widths)
 
 
@@ -216,6 +222,7 @@ def _begin(
             beside=config.checkpoint.beside_training,
         ),
         Heartbeat(config.timeout),
+        throughput(config, mesh.device, given.lm_flops),
     )
     _announce(run, given)
     if config.resume:

@@ -17,6 +17,7 @@ from bigsae.training.pusher import Pusher
 from bigsae.training.routing import Routing
 from bigsae.training.saver import Saver
 from bigsae.training.signals import StopSignal
+from bigsae.training.throughput import Throughput
 from bigsae.training.trackers import Trackers
 from bigsae.training.trainer import SAETrainer
 from bigsae.training.variants import Job
@@ -49,6 +50,7 @@ class Run:
     """Writes checkpoints."""
     heartbeat: Heartbeat
     """Shows where a run hangs."""
+    throughput: Throughput
     step: int = 0
     """Steps that are done."""
     num_unlogged: int = 0

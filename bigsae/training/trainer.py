@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -34,6 +35,17 @@ from bigsae.training.update import Update
 
 _STEPS_BETWEEN_DENSITIES = 32
 _FIRST_DENSITY_ROWS = 256
+
+
+@dataclass
+class Steps:
+    """How many steps there were, and of which kinds."""
+
+    all: int = 0
+    dense: int = 0
+    """On all latents of each token."""
+    dead: int = 0
+    """In which some latents were dead, or may have been: an auxiliary loss was computed."""
 
 
 class SAETrainer:
@@ -89,6 +101,7 @@ class SAETrainer:
         self.density = 1.0
         self.initialised = False
         self.step = 0
+        self._steps = Steps()
 
     def _lr_factors(self) -> dict[str, float]:
         config, num_updates = self.config, None
@@ -162,6 +175,14 @@ class SAETrainer:
             self._measure_density(counts, context.num_tokens)
             self._resample(x, output, context.num_tokens)
         self.step += 1
+        self._steps.all += 1
+        self._steps.dense += self.sae.uses_density and not context.sparse
+        self._steps.dead += context.dead is not None
+
+    def take_steps(self) -> Steps:
+        """The steps since the last call, of this process."""
+        steps, self._steps = self._steps, Steps()
+        return steps
 
     @torch.no_grad()
     def _mark_nonfinite(self, loss: Tensor) -> None:

@@ -24,6 +24,32 @@ class _Stop(Exception):
     pass
 
 
+class Bare:
+    """A truncated forward by a plain hook; it stays in the model."""
+
+    def __init__(self, model: Any, site: Any):
+        self.model = model
+        self._taken: list[torch.Tensor] = []
+        self._stop = True
+        model.get_submodule(site.hookpoint.path).register_forward_hook(self._take)
+
+    def _take(self, _module: Any, _args: Any, output: Any) -> None:
+        from bigsae.lm.hookpoints import activation_of
+
+        self._taken.append(activation_of(output))
+        if self._stop:
+            raise _Stop
+
+    @torch.no_grad()
+    def __call__(self, ids: torch.Tensor, *, stopped: bool = True) -> torch.Tensor:
+        """[rows, ctx_len, d_in] of ids [rows, ctx_len]; the forward ends there, or at the end of the decoder."""
+        self._stop = stopped
+        self._taken.clear()
+        with suppress(_Stop):
+            self.model.base_model(input_ids=ids)
+        return self._taken[0]
+
+
 def run(arguments: argparse.Namespace) -> None:
     """A bare truncated forward, by a plain hook, against the traced one that training uses.
 
@@ -31,7 +57,7 @@ def run(arguments: argparse.Namespace) -> None:
     """
     from bigsae.config import LMConfig
     from bigsae.lm.activations import Extractor
-    from bigsae.lm.hookpoints import activation_of, locate, resolve_hookpoints
+    from bigsae.lm.hookpoints import locate, resolve_hookpoints
     from bigsae.lm.loading import load_lm, meta_model, resolve_layout
 
     lm = LMConfig(dtype=arguments.dtype)
@@ -48,28 +74,11 @@ def run(arguments: argparse.Namespace) -> None:
         config.get_text_config().vocab_size, (arguments.rows, arguments.ctx_len), device=device
     )
 
-    taken: list[torch.Tensor] = []
-    stop = True
-
-    def take(_module: Any, _args: Any, output: Any) -> None:
-        taken.append(activation_of(output))
-        if stop:
-            raise _Stop
-
-    bare.get_submodule(sites[0].hookpoint.path).register_forward_hook(take)
-
-    @torch.no_grad()
-    def run_bare(stopped: bool) -> torch.Tensor:
-        nonlocal stop
-        stop = stopped
-        taken.clear()
-        with suppress(_Stop):
-            bare.base_model(input_ids=ids)
-        return taken[0]
+    forward = Bare(bare, sites[0])
 
     functions = {
-        "bare, stopped at the hookpoint": lambda: run_bare(True),
-        "bare, to the end of the cut decoder": lambda: run_bare(False),
+        "bare, stopped at the hookpoint": lambda: forward(ids),
+        "bare, to the end of the cut decoder": lambda: forward(ids, stopped=False),
         "traced by nnsight, stopped": lambda: extractor(ids)[sites[0].name],
     }
     reference, *others = functions
