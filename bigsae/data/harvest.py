@@ -20,6 +20,8 @@ Extract = Callable[[Tensor], dict[str, Tensor]]
 
 # After so many rows without a token to train on none is expected any more.
 _ROWS_IN_VAIN = 4096
+# Where no rank has rows, as when a stream's server is away, they ask one another so often whether to stop.
+_PATIENCE_SECONDS = 1.0
 
 
 class Harvest:
@@ -40,7 +42,10 @@ class Harvest:
         ctx_len: int,
         batch_tokens: int,
         mesh: Mesh,
+        wait_for_rows: Callable[[int, float], bool] = lambda num_rows, seconds: True,
     ):
+        """`wait_for_rows(n, s)` waits for s seconds at most; False: `rows` might keep who asks for n waiting longer."""
+        self.wait_for_rows = wait_for_rows
         self.rows, self.extract, self.trained_on = rows, extract, trained_on
         self.buffer, self.mesh = buffer, mesh
         self.micro_batch_rows, self.ctx_len, self.batch_tokens = micro_batch_rows, ctx_len, batch_tokens
@@ -102,16 +107,19 @@ class Harvest:
         message = ""
         while True:
             wants = not self._exhausted and self.buffer.num_waiting < self.buffer.capacity
-            any_wants, stop, wrong = collectives.max_ints(
-                [wants, should_stop(), bool(message)], self.mesh.control
+            has = wants and self.wait_for_rows(self.micro_batch_rows, _PATIENCE_SECONDS)
+            any_wants, any_has, stop, wrong = collectives.max_ints(
+                [wants, has, should_stop(), bool(message)], self.mesh.control
             )
             if wrong:
                 raise UserError(collectives.first_text(message, self.mesh.control))
             if stop or not any_wants:
                 return bool(stop)
+            if not any_has:
+                continue
             chosen = None
             try:
-                chosen = self._next_rows() if wants else None
+                chosen = self._next_rows() if has else None
                 if chosen is not None:
                     self._harvest(*chosen, finite)
             except UserError as error:

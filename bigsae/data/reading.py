@@ -43,14 +43,15 @@ def persistently(read: Callable[[], Result], label: str, seconds: float) -> Resu
     `read` begins anew each time. Beneath it the Hub's client and `datasets` try a request again by themselves; what
     comes here is what outlasted that. Then a ConnectionError is raised; where the data are to blame, their error.
     """
-    began, wait = _now(), 0.0
+    first_failed, wait = None, 0.0
     while True:
         try:
             return read()
         except Exception as error:
             if not is_passing(error):
                 raise
-            if _now() - began >= seconds:
+            first_failed = _now() if first_failed is None else first_failed
+            if _now() - first_failed >= seconds:
                 raise ConnectionError(reason(error)) from error  # clients' own errors are of all kinds
             wait = min(2 * wait or FIRST_SECONDS, MOST_SECONDS)
             logger.warning("--dataset %s is out of reach (%s): again in %.0f s", label, reason(error), wait)

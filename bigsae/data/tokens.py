@@ -14,6 +14,7 @@ import dataclasses
 import logging
 import queue
 import threading
+import time
 import weakref
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -130,6 +131,22 @@ class TokenRows(Iterator[torch.Tensor]):
         assert first is not None  # no row at all is an error, and comes as one
         self._first = first
 
+    def wait(self, num_rows: int, seconds: float) -> bool:
+        """Wait until `num_rows` rows, or what stands in their place, are there; False where `seconds` do not suffice.
+
+        A stream whose server is away keeps `next` waiting for minutes.
+        """
+        if self._ended:
+            return True
+        if self._stop_worker is None:
+            self._start_worker()
+        deadline = time.monotonic() + seconds
+        while self._worker.is_alive() and self._queue.qsize() < min(num_rows, _PREFETCH_ROWS):
+            if time.monotonic() >= deadline:
+                return False
+            time.sleep(0.002)
+        return True
+
     def _start_worker(self) -> None:
         self._queue: queue.Queue[Row | EpochEnd | BaseException | None] = queue.Queue(_PREFETCH_ROWS)
         items = produce(
@@ -140,6 +157,7 @@ class TokenRows(Iterator[torch.Tensor]):
             target=_work, args=(items, self._queue, stop), name="bigsae-tokens", daemon=True
         )
         thread.start()
+        self._worker = thread
         # Runs at close(), when this object goes, and before the interpreter does: a daemon thread alone may
         # crash in native code while the interpreter is torn down.
         self._stop_worker = weakref.finalize(self, _stop, stop, thread)

@@ -30,7 +30,7 @@ PEAKS = {
 # The same chips on cards of less power are slower, and have other names: A100 alone has one figure for all boards.
 _NAMES = {
     "a100": r"A100",
-    "h100": r"H100 80GB HBM3",
+    "h100": r"H100 80GB HBM3$",
     "h200": r"H200$",
     "b200": r"B200$",
 }
@@ -38,6 +38,8 @@ _NAMES = {
 
 def peak_of(device_name: str) -> Peak | None:
     """That of a GPU by the name that its driver gives it, e.g. "NVIDIA H100 80GB HBM3"; None where it is not known."""
+    if "MIG" in device_name:  # a part of the card
+        return None
     for key, name in _NAMES.items():
         if re.search(rf"\b{name}", device_name):
             return PEAKS[key]

@@ -11,6 +11,7 @@ from torch import Tensor
 from bigsae.config import TrainConfig
 from bigsae.data.buffer import ActivationBuffer
 from bigsae.data.harvest import Harvest
+from bigsae.data.tokens import TokenRows
 from bigsae.parallel.mesh import Mesh
 
 
@@ -45,4 +46,5 @@ def build_harvest(
         config.ctx_len,
         config.batch_size_tokens // mesh.num_ranks,
         mesh,
+        *([rows.wait] if isinstance(rows, TokenRows) else []),
     )

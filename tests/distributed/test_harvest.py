@@ -141,5 +141,32 @@ def stop_within_a_refill() -> list[int]:
     return stopped
 
 
+def stop_while_there_are_no_rows() -> tuple[bool, int]:
+    """Rank 1 asks to stop the third time that it is asked; neither has rows meanwhile."""
+    mesh = build_mesh()
+    calls = forwards = 0
+
+    def should_stop() -> bool:
+        nonlocal calls
+        calls += 1
+        return mesh.rank == 1 and calls == 3
+
+    def extract(ids: Tensor) -> dict[str, Tensor]:
+        nonlocal forwards
+        forwards += 1
+        return {"x": ids[..., None].float().expand(-1, -1, 2)}
+
+    buffer = ActivationBuffer({"x": 2}, CAPACITY, ROWS * CTX, torch.float32, mesh.device, 0, mesh.rank)
+    harvest = Harvest(
+        iter(make_rows(mesh.rank, 50, 0.0)), extract, lambda ids: ids != SPECIAL, buffer, ROWS, CTX, BATCH, mesh,
+        lambda num_rows, seconds: False,
+    )  # fmt: skip
+    return harvest.fill(0, should_stop), forwards
+
+
+def test_ranks_that_wait_for_rows_hear_that_they_shall_stop():
+    assert run_ranks(2, stop_while_there_are_no_rows) == [(False, 0)] * 2
+
+
 def test_a_refill_that_was_stopped_goes_on():
     run_ranks(2, stop_within_a_refill)

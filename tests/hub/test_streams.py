@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -183,3 +184,40 @@ def test_data_that_are_broken_are_not_tried_again(waits):
     with pytest.raises(UnicodeDecodeError):
         persistently(lambda: calls.append(b"\xff".decode()), "it", 60)
     assert not waits
+
+
+def test_a_long_read_that_breaks_off_is_tried_again(monkeypatch):
+    """The limit counts from the first failure: reading up to there may have taken longer."""
+    clock, results = [0.0], [ConnectionResetError("gone"), ConnectionResetError("gone"), None]
+
+    def read() -> str:
+        clock[0] += 700
+        error = results.pop(0)
+        if error is not None:
+            raise error
+        return "read"
+
+    monkeypatch.setattr(reading, "_now", lambda: clock[0])
+    monkeypatch.setattr(reading, "_sleep", lambda seconds: None)
+    assert persistently(read, "it", 701) == "read"
+
+
+def test_who_waits_for_rows_may_do_something_else(tmp_path, monkeypatch):
+    produce, gate = tokens.produce, threading.Event()
+
+    def produce_later(*arguments: Any) -> Iterator[Any]:
+        gate.wait()
+        yield from produce(*arguments)
+
+    monkeypatch.setattr(tokens, "produce", produce_later)
+    data = DataConfig(num_shards=1, epochs=1)
+    (tmp_path / "corpus.jsonl").write_text(json.dumps({"text": "a " * 400}))
+    source = open_dataset(str(tmp_path / "corpus.jsonl"), data)
+    rows = TokenRows(source, tiny_tokenizer(tmp_path / "lm"), 24, data, 0, 0, 1)
+    assert not rows.wait(1, 0.05)
+    gate.set()
+    assert rows.wait(3, 60)
+    first = len(next(rows))
+    assert first == 24 and rows.wait(10_000, 60)  # more than there are: the end stands in their place
+    rest = list(rows)
+    assert rest and rows.wait(1, 0)
