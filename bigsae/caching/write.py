@@ -280,6 +280,9 @@ class _Writing:
                 )
 
     def _write_heldout(self) -> list[Written]:
+        self.source.kept(
+            self.source.heldout
+        )  # all ranks have them all: what is wrong with one is raised by each
         own = self.source.heldout[self.mesh.rank :: self.mesh.num_ranks]
         buffer = self._buffer(len(own))
         finite = torch.ones(len(self.widths), dtype=torch.bool, device=self.mesh.device)

@@ -17,6 +17,9 @@ _NOT_SAES = ("checkpoints", "wandb", "tensorboard")
 # Together they tell a run's config.json from those that sparsify, dictionary_learning and transformers write.
 _OURS = {"model", "dataset", "output_dir", "buffer", "sae"}
 
+# No count or mean of a run is larger, infinite or NaN.
+_MOST = 1e300
+
 
 def is_sae(folder: Path) -> bool:
     """Whether `folder` is that of one SAE, in any format that bigsae reads."""
@@ -58,12 +61,31 @@ def run_config(folder: Path) -> TrainConfig | None:
 def read_rows(run: Path) -> list[dict[str, Any]]:
     """The rows of metrics.jsonl in `run`, whose last line may be torn. [] where there is none. Raises UserError."""
     path = run / "metrics.jsonl"
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from None
     rows = []
     for number, line in enumerate(lines, start=1):
         try:
-            rows.append(json.loads(line))
-        except ValueError:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
             if number < len(lines):
                 raise UserError(f"{path}: line {number} is not JSON") from None
+            continue
+        if not _is_row(row):
+            raise UserError(f"{path}: line {number} is no row of metrics: leave it out")
+        rows.append(row)
     return rows
+
+
+def _is_row(row: Any) -> bool:
+    """Whether it is as training writes it: counts, names, and numbers that are some."""
+    if not isinstance(row, dict) or not isinstance(row.get("hookpoint"), str):
+        return False
+    if not isinstance(row.get("variant", ""), str):
+        return False
+    values = [value for name, value in row.items() if name not in ("hookpoint", "variant")]
+    if not all(type(value) in (int, float) and -_MOST < value < _MOST for value in values):
+        return False
+    return all(type(row.get(name)) is int and row[name] >= 0 for name in ("step", "tokens"))

@@ -56,6 +56,14 @@ class Bytes:
         return all_bytes(self.saes, accumulates=self.accumulates) - self.sae_kept + self.other_batches
 
     @property
+    def checkpoint_copy(self) -> int:
+        """In the host's memory, of what a checkpoint that is written beside training holds of this rank.
+
+        A rank copies all that it holds, also where others hold the same; its buffer full.
+        """
+        return self.buffer + self.sae_kept
+
+    @property
     def peak(self) -> int:
         """The most at a time in the GPU's memory: forwards and steps take turns."""
         buffer = 0 if self.buffer_on_host else self.buffer

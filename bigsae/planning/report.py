@@ -35,6 +35,7 @@ def as_numbers(config: PlanConfig, facts: LMFacts, plan: Estimate, remedies: lis
         "bytes_per_rank": _bytes(plan),
         "memory": plan.memory,
         "checkpoint_bytes": plan.checkpoint,
+        "checkpoint_copy_bytes": plan.bytes.checkpoint_copy,
         "stages": [_stage(stage, config, plan) for stage in plan.stages],
         "seconds_per_step": step,
         "tokens_per_second": per_second,
@@ -119,7 +120,11 @@ def _memory_table(numbers: dict[str, Any]) -> list[str]:
     lines += [f"  {name:<32}{amount / _GIB:>10,.3f}" for name, amount in numbers["bytes_per_rank"].items()]
     if numbers["memory"] is not None:
         lines.append(f"  {'there is':<32}{numbers['memory'] / _GIB:>10,.3f}")
-    return [*lines, f"  {'a checkpoint on disk, at most':<32}{numbers['checkpoint_bytes'] / _GIB:>10,.3f}"]
+    beside = {
+        "a checkpoint on disk, at most": numbers["checkpoint_bytes"],
+        "its copy (host memory), at most": numbers["checkpoint_copy_bytes"],
+    }
+    return [*lines, *(f"  {name:<32}{amount / _GIB:>10,.3f}" for name, amount in beside.items())]
 
 
 def _stage_table(numbers: dict[str, Any]) -> list[str]:

@@ -103,8 +103,11 @@ def _sae(path: Path, name: str, rows: Sequence[dict[str, Any]], is_sweep: bool) 
 
 def _read_status(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text())
+        status = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
-    except ValueError:
+    except (OSError, ValueError, RecursionError):
         raise UserError(f"{path} is not JSON") from None
+    if not isinstance(status, dict):
+        raise UserError(f"{path} is no JSON object")
+    return status

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import pickle
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -167,12 +169,62 @@ def _check_metadata(folder: Path) -> None:
     """Find a .metadata of other things than tensors in files of `folder`: torch unpickles whatever stands there."""
     with (folder / ".metadata").open("rb") as file:
         try:
-            files = {info.relative_path for info in _Unpickler(file).load().storage_data.values()}
+            places = [
+                (info.relative_path, int(info.offset), int(info.length))
+                for info in _Unpickler(file).load().storage_data.values()
+            ]
         except _TORN as error:
             raise UserError(f".metadata is torn: {error}") from None
-    for name in files:
+    for name, _, _ in places:
         if not isinstance(name, str) or Path(name).name != name:
             raise UserError(f".metadata names {short(name)}, which is no file of a checkpoint")
+    for name, offset, length in places:
+        _check_size(folder / name, offset, length)
+
+
+def _check_size(path: Path, offset: int, length: int) -> None:
+    """Find a tensor that would be more in memory than it is on disk: torch writes none of them compressed."""
+    with path.open("rb") as file:
+        if offset < 0 or length < 0 or offset + length > path.stat().st_size:
+            raise UserError(f"{path.name} is shorter than .metadata says")
+        try:
+            with zipfile.ZipFile(cast(IO[bytes], _Part(file, offset, length))) as archive:
+                entries = archive.infolist()  # which stands at the end: nothing else is read
+        except (zipfile.BadZipFile, ValueError, NotImplementedError) as error:
+            raise UserError(f"{path.name} is torn: {error}") from None
+    if any(entry.compress_type for entry in entries) or sum(entry.file_size for entry in entries) > length:
+        raise UserError(f"{path.name} holds tensors that are compressed, which no checkpoint does")
+
+
+class _Part(io.RawIOBase):
+    """`length` bytes of a file, from `offset` on, as a file."""
+
+    def __init__(self, file: IO[bytes], offset: int, length: int):
+        self._file, self._offset, self._length, self._at = file, offset, length, 0
+
+    def seekable(self) -> bool:
+        return True
+
+    def readable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        start = {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._length}[whence]
+        if start + offset < 0:
+            raise OSError("before the beginning")
+        self._at = start + offset
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        self._file.seek(self._offset + self._at)
+        size = min(len(buffer), max(0, self._length - self._at))
+        read = self._file.read(size)
+        buffer[: len(read)] = read
+        self._at += len(read)
+        return len(read)
 
 
 # How unpickling fails on bytes that are no pickle, or are one of something else.

@@ -100,6 +100,18 @@ CASES: dict[str, Case] = {
         r"config\.json is not JSON",
         copied("run", holding("config.json", "{")),
     ),
+    "report: rows that are none": call(
+        "report",
+        "{tmp}/run --no-contexts",
+        r"metrics\.jsonl: line 1 is no row of metrics: leave it out",
+        copied("run", holding("metrics.jsonl", "[1]\n")),
+    ),
+    "report: a status that is a list": call(
+        "report",
+        "{tmp}/run --no-contexts",
+        r"status\.json is no JSON object",
+        copied("run", holding("status.json", "[]")),
+    ),
     "cache: no folder": call(
         "cache_activations", f"--model m --dataset d {LAYER} --tokens 9", "--output-dir", boxed=True
     ),

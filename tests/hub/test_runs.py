@@ -58,10 +58,34 @@ def test_a_run_of_another_version_or_torn_is_named(tmp_path):
         run_config(tmp_path)
 
 
+def row(number: int, **more: object) -> dict[str, object]:
+    return {"step": number, "tokens": 64 * number, "hookpoint": "model.layers.1", "loss": 0.5} | more
+
+
 def test_the_last_row_may_be_torn(tmp_path):
     assert read_rows(tmp_path) == []
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n{"st')
-    assert read_rows(tmp_path) == [{"step": 1}, {"step": 2}]
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"st\n{"step": 3}\n')
+    first, second = json.dumps(row(1)), json.dumps(row(2))
+    (tmp_path / "metrics.jsonl").write_text(f'{first}\n{second}\n{{"st')
+    assert read_rows(tmp_path) == [row(1), row(2)]
+    (tmp_path / "metrics.jsonl").write_text(f'{first}\n{{"st\n{second}\n')
     with pytest.raises(UserError, match="line 2 is not JSON"):
+        read_rows(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["[]", "3", "null", "{}", json.dumps(row(-1)), json.dumps(row(2, hookpoint=["x"])), json.dumps(row(2, variant=3)),
+     json.dumps(row(2, loss="low")), json.dumps(row(2, loss=None)), json.dumps(row(2, loss=float("nan"))),
+     json.dumps(row(2, loss={"a": 1})), json.dumps(row(2, step=1.5)), json.dumps(row(2, fvu=10**400)),
+     json.dumps({"step": 1, "hookpoint": "x"})],
+)  # fmt: skip
+def test_rows_that_are_none(tmp_path, line):
+    (tmp_path / "metrics.jsonl").write_text(f"{json.dumps(row(1))}\n{line}\n")
+    with pytest.raises(UserError, match=r"metrics\.jsonl: line 2 is no row of metrics"):
+        read_rows(tmp_path)
+
+
+def test_rows_that_are_no_text(tmp_path):
+    (tmp_path / "metrics.jsonl").write_bytes(b"\xff\xfe")
+    with pytest.raises(UserError, match=r"metrics\.jsonl cannot be read"):
         read_rows(tmp_path)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import bigsae
@@ -18,6 +19,7 @@ from bigsae.lm.loading import local_bytes
 from bigsae.parallel import collectives
 from bigsae.training import loop
 from bigsae.training.checkpoint import checkpoints
+from bigsae.training.saver import Saver
 from bigsae.training.setup import prepare
 from bigsae.training.signals import StopSignal
 from tests.distributed.ranks import run_ranks
@@ -87,6 +89,24 @@ def watch_parts(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return sizes
 
 
+def watch_copies(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The bytes that each checkpoint copies to the host's memory: one number for tensors, one for the rank's own."""
+    sizes: list[int] = []
+    plain = Saver._copies
+
+    def note(self: Saver, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        copies = plain(self, tensors)
+        sizes.append(nbytes(local_part(tensor) for tensor in copies.values()))
+        return copies
+
+    monkeypatch.setattr(Saver, "_copies", note)
+    return sizes
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
 def measure(config: TrainConfig, *, without_forward: bool = False) -> dict[str, int]:
     """The bytes of a whole run on this rank, and on disk."""
     vars(encode._cpu_slabs).clear()
@@ -99,7 +119,7 @@ def measure(config: TrainConfig, *, without_forward: bool = False) -> dict[str, 
         gradients = watch_gradients(run)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(encode, "_CACHED_BYTES", 0)  # less than the slab, on the CPU alone
-            parts = watch_parts(patch)
+            parts, copies = watch_parts(patch), watch_copies(patch)
             assert loop.train(run) == "finished"
         close()
     trainers = run.trainers.values()
@@ -117,6 +137,7 @@ def measure(config: TrainConfig, *, without_forward: bool = False) -> dict[str, 
         "gradients": max(sum(gradients[p] for p in trainer.sae.parameters()) for trainer in trainers)
         + max(parts, default=0),
         "slab": encode._cpu_slabs.bytes.nbytes,
+        "checkpoint_copy": sum(copies[-2:]),
         "checkpoint": sum(path.stat().st_size for path in checkpoint.rglob("*") if path.is_file()),
     }
 
@@ -132,6 +153,7 @@ def predicted(config: TrainConfig, num_ranks: int) -> dict[str, int]:
         "statistics": sum(s.statistics for s in saes),
         "gradients": max(s.gradients for s in saes),
         "slab": max(s.slab for s in saes),
+        "checkpoint_copy": plan.bytes.checkpoint_copy,
         "checkpoint": plan.checkpoint,
     }
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import json
+import pickle
 import shutil
 import subprocess
 import threading
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +22,7 @@ from bigsae.parallel.mesh import alone
 from bigsae.training import checkpoint
 from bigsae.training.checkpoint import NotSaved, checkpoints, newest_whole
 from bigsae.training.metrics import MetricsFile
+from bigsae.training.saved import Saved
 from tests.distributed.ranks import run_ranks
 from tests.launch import metrics, write_corpus
 from tests.models import tiny_llama
@@ -112,6 +116,33 @@ def test_one_that_a_kill_left_between_its_names_is_taken_up(home, tmp_path, capl
     assert f"resumed {folder / 'step_12'} at step 12" in caplog.text
     assert_as_straight(home, tmp_path / "run")
     assert not list(folder.glob(".*"))
+
+
+def compressed(path: Path, folder: Path) -> None:
+    """A checkpoint whose tensors are so in its files that they are far larger in memory."""
+    tensors = {"x": torch.zeros(1 << 20)}
+    checkpoint.save(folder, 1, tensors, {}, {}, {}, 0, alone(torch.device("cpu")))
+    metadata = pickle.loads((path / ".metadata").read_bytes())
+    (place,) = metadata.storage_data.values()
+    whole = (path / place.relative_path).read_bytes()[place.offset : place.offset + place.length]
+    with (
+        zipfile.ZipFile(io.BytesIO(whole)) as old,
+        zipfile.ZipFile(path / "small", "w", zipfile.ZIP_DEFLATED) as new,
+    ):
+        for entry in old.infolist():
+            new.writestr(entry.filename, old.read(entry))
+    small = (path / "small").read_bytes()
+    assert len(small) < len(whole) / 100
+    (path / place.relative_path).write_bytes(small)
+    place.offset, place.length = 0, len(small)
+    (path / ".metadata").write_bytes(pickle.dumps(metadata))
+
+
+def test_tensors_that_are_more_in_memory_than_on_disk_are_not_read(tmp_path):
+    compressed(tmp_path / "step_1", tmp_path)
+    saved = Saved(tmp_path / "step_1", 1, {}, [], 0)
+    with pytest.raises(UserError, match="holds tensors that are compressed, which no checkpoint does"):
+        checkpoint.read_tensors(saved, {"x": torch.empty(1 << 20)})
 
 
 def test_where_all_are_damaged_nothing_is_begun_anew(home, tmp_path):
