@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import lzma
 import random
 import time
@@ -24,6 +25,8 @@ FAILURES = (
     OSError, ValueError, RuntimeError, ImportError, EOFError, zlib.error, lzma.LZMAError, DatasetsError,
     pa.ArrowException,
 )  # fmt: skip
+# The machine's own troubles, of which no file is to blame.
+_OURS = {errno.EMFILE, errno.ENFILE, errno.ENOSPC, errno.EDQUOT, errno.ENOMEM}
 # HTTP clients, whose errors have no base in common. A status that they were answered with says more than they do.
 _CLIENTS = {"aiohttp", "httpcore", "httpcore2", "httpx", "httpx2", "requests", "urllib3"}
 _PASSING_STATUS = {408, 425, 429}
@@ -89,6 +92,15 @@ def reason(error: BaseException, num_characters: int = 300) -> str:
         error = error.__cause__
     text = " ".join(str(error).split())
     return (text[:num_characters] + " …" if len(text) > num_characters else text) or type(error).__name__
+
+
+def is_of_data(error: BaseException) -> bool:
+    """Whether a file, or what it comes from, is to blame for `error`, one of `FAILURES`, met while documents are read."""
+    if is_passing(error):
+        return True
+    if isinstance(error, OSError):
+        return error.errno not in _OURS
+    return not isinstance(error, (RuntimeError, ImportError))
 
 
 def unreadable(label: str, error: BaseException) -> UserError:

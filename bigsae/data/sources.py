@@ -18,7 +18,7 @@ import datasets
 import numpy as np
 
 from bigsae.config import DataConfig, UserError
-from bigsae.data.reading import FAILURES, READING_SECONDS, persistently, unreadable
+from bigsae.data.reading import FAILURES, READING_SECONDS, is_of_data, persistently, unreadable
 from bigsae.seeds import derive_seed
 
 FETCH_DOCUMENTS = 32  # read at a time from a map-style dataset: few, for documents may be large
@@ -305,6 +305,8 @@ def _readable(label: str) -> Iterator[None]:
     try:
         yield
     except FAILURES as error:
+        if not is_of_data(error):
+            raise
         raise unreadable(label, error) from error
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import gzip
 import json
 import random
 import threading
@@ -19,7 +21,7 @@ from huggingface_hub.errors import OfflineModeIsEnabled
 
 from bigsae.config import DataConfig, UserError
 from bigsae.data import reading, sources, tokens
-from bigsae.data.reading import is_passing, persistently
+from bigsae.data.reading import is_of_data, is_passing, persistently
 from bigsae.data.sources import Start, StreamSource
 from bigsae.data.tokens import TokenRows, heldout_rows, open_dataset
 from tests.data.corpora import texts
@@ -221,3 +223,11 @@ def test_who_waits_for_rows_may_do_something_else(tmp_path, monkeypatch):
     assert first == 24 and rows.wait(10_000, 60)  # more than there are: the end stands in their place
     rest = list(rows)
     assert rest and rows.wait(1, 0)
+
+
+def test_troubles_of_the_machine_are_not_blamed_on_a_file():
+    assert not is_of_data(OSError(errno.EMFILE, "too many open files"))
+    assert not is_of_data(RuntimeError("can't start new thread"))
+    assert is_of_data(EOFError("ended before the end-of-stream marker"))
+    assert is_of_data(gzip.BadGzipFile("not a gzipped file"))
+    assert is_of_data(ConnectionResetError(errno.ECONNRESET, "gone"))

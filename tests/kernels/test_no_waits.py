@@ -33,20 +33,41 @@ WAITS = {
 }
 
 
+# What dispatches nothing where tensors are on the host already, so that it must be caught by name.
+COPIES = ("tolist", "numpy", "cpu", "__array__")
+
+
 class NoWaits(TorchDispatchMode):
     """Raises where an operation would have the host wait for the device."""
+
+    def __enter__(self) -> Any:
+        self.patch = pytest.MonkeyPatch()
+        for name in COPIES:
+            self.patch.setattr(torch.Tensor, name, _refuse)
+        return super().__enter__()
+
+    def __exit__(self, *exception: Any) -> None:
+        self.patch.undo()
+        super().__exit__(*exception)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = func._schema.name
-        masks = func is torch.ops.aten.index.Tensor and any(
-            index is not None and index.dtype == torch.bool for index in args[1]
-        )
+        masks = name in (
+            "aten::index",
+            "aten::index_put",
+            "aten::index_put_",
+            "aten::_index_put_impl_",
+        ) and any(index is not None and index.dtype == torch.bool for index in args[1])
         if masks or name in WAITS or f"{name}.{func._schema.overload_name}" in WAITS:
             known = name == "aten::repeat_interleave" and kwargs.get("output_size") is not None
             if not known:
                 raise RuntimeError(f"{func} waits for the device")
         return func(*args, **kwargs)
+
+
+def _refuse(*_: Any, **__: Any) -> None:
+    raise RuntimeError("a copy to the host waits for the device")
 
 
 def trainer_and_batches(
@@ -72,7 +93,11 @@ IDS = ["plain", "multi-topk", "bfloat16", "int8 moments"]
 
 def test_waits_are_found():
     x = torch.randn(8)
-    for ask in (lambda: float(x.sum()), lambda: x[x > 0], lambda: x.nonzero(), lambda: bool((x > 0).all())):
+    asks = (
+        lambda: float(x.sum()), lambda: x[x > 0], lambda: x.nonzero(), lambda: bool((x > 0).all()),
+        lambda: x.tolist(), lambda: x.cpu(), lambda: x.numpy(), lambda: x.index_put_((x > 0,), torch.zeros(8)),
+    )  # fmt: skip
+    for ask in asks:
         with NoWaits(), pytest.raises(RuntimeError, match="waits for the device"):
             ask()
     with NoWaits():
