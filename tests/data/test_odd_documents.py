@@ -133,7 +133,7 @@ def status_of_two(home: Path, out: Path) -> None:
     """Two ranks over one epoch, of which the second has hardly any text."""
     config = config_of(
         home, out, tokens=10**6, dataset=str(home / "uneven.jsonl"),
-        data=bigsae.DataConfig(num_shards=2, epochs=1),
+        data=bigsae.DataConfig(num_shards=2, epochs=1), checkpoint=bigsae.CheckpointConfig(every=0),
     )  # fmt: skip
     run_training(config)
 
