@@ -12,6 +12,8 @@ import torch
 # they run in Triton's interpreter, on CPU tensors.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+# Nothing depends on the network: a name that is no folder is looked for at no Hub, and not for a minute where none is.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
 @pytest.fixture(scope="module", autouse=True)

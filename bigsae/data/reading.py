@@ -95,7 +95,7 @@ def reason(error: BaseException, num_characters: int = 300) -> str:
 
 
 def is_of_data(error: BaseException) -> bool:
-    """Whether a file, or what it comes from, is to blame for `error`, one of `FAILURES`, met while documents are read."""
+    """Whether a file, or where it comes from, is to blame for `error`, one of `FAILURES` met in reading documents."""
     if is_passing(error):
         return True
     if isinstance(error, OSError):

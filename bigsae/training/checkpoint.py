@@ -97,6 +97,7 @@ def take_up_leftovers(folder: Path) -> None:
             final = folder / leftover.stem.removeprefix(".")
             if (leftover / _MARKER).is_file() and _NAME.fullmatch(final.name) and not final.exists():
                 leftover.rename(final)
+                sync_folder(folder)
                 logger.warning("a run was killed while it named %s: that is whole, and is taken up", final)
 
 

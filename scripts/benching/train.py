@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -51,6 +52,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """The trainers in turn, and what they took."""
+    if arguments.device != "cpu":
+        raise SystemExit("the whole runs are compared on the CPU alone: set --device cpu")
     if arguments.one:
         ours = arguments.one == "bigsae"
         print(json.dumps(_train_bigsae(arguments) if ours else _train_saelens(arguments)))
@@ -60,17 +63,18 @@ def run(arguments: argparse.Namespace) -> None:
         _write_inputs(arguments, Path(folder))
         for number in range(arguments.rounds):
             for name in TRAINERS if number % 2 == 0 else TRAINERS[::-1]:
-                found[name].append(_one(name, Path(folder)))
+                found[name].append(_one(arguments, name, Path(folder)))
                 print(f"{number + 1}/{arguments.rounds} {name}: {found[name][-1]}", flush=True)
     _finish(arguments, found)
 
 
-def _one(trainer: str, home: Path) -> dict[str, float]:
+def _one(arguments: argparse.Namespace, trainer: str, home: Path) -> dict[str, float]:
     """A training in a process of its own, with the options of this one."""
     given = sys.argv[2:]
-    under = given[given.index("--under") + 1].split() if "--under" in given else []
-    command = [*under, sys.executable, str(_SCRIPT), "train", *given, "--one", trainer, "--home", str(home)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    own = ["--one", trainer, "--home", str(home)]
+    command = [*arguments.under.split(), sys.executable, str(_SCRIPT), "train", *given, *own]
+    env = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=env)
     if done.returncode:
         raise SystemExit(f"{trainer}: {done.stderr[-3000:]}")
     return json.loads(done.stdout.splitlines()[-1])

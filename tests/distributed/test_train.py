@@ -7,6 +7,7 @@ import shutil
 import signal
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -157,6 +158,16 @@ ELASTIC = {
 }
 
 
+def rank_of_pid(pid: int, rank: int) -> psutil.Process:
+    """The process of a rank below its launcher; what it starts itself has its environment too, but came later."""
+    found = []
+    for child in psutil.Process(pid).children(recursive=True):
+        with suppress(psutil.NoSuchProcess, psutil.AccessDenied):  # gone meanwhile
+            if child.environ().get("RANK") == str(rank):
+                found.append((child.create_time(), child.pid, child))
+    return min(found)[2]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", ELASTIC)
 def test_a_launcher_that_restarts_goes_on_by_itself(home, sharded, tmp_path, launcher):
@@ -168,11 +179,7 @@ def test_a_launcher_that_restarts_goes_on_by_itself(home, sharded, tmp_path, lau
         assert process.poll() is None, process.communicate()[0]
         assert time.monotonic() < deadline
         time.sleep(0.02)
-    (second,) = (
-        child for child in psutil.Process(process.pid).children(recursive=True)
-        if child.environ().get("RANK") == "1"
-    )  # fmt: skip
-    second.kill()
+    rank_of_pid(process.pid, 1).kill()
     output, _ = process.communicate(timeout=200)
     assert process.returncode == 0, output
     assert "holds no whole checkpoint, starting afresh" in output  # the first time
