@@ -106,7 +106,7 @@ def begin(out: Path, mesh: MeshConfig, cases: dict[str, Case] = CASES) -> Run:
     stand_in = cast(Any, None)
     return Run(
         config, ranks, data, data, None, named, trainers, Routing(ranks, jobs), {}, stand_in, None, stand_in,
-        Saver(out / "checkpoints", 0, ranks, 10, beside=True), stand_in, clock={"time": 0.0},
+        Saver(out / "checkpoints", 0, ranks, 10, beside=True), stand_in, stand_in, clock={"time": 0.0},
     )  # fmt: skip
 
 
