@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable, Iterator
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -22,6 +23,16 @@ Extract = Callable[[Tensor], dict[str, Tensor]]
 _ROWS_IN_VAIN = 4096
 # Where no rank has rows, as when a stream's server is away, they ask one another so often whether to stop.
 _PATIENCE_SECONDS = 1.0
+
+
+class Rows(Protocol):
+    """Rows [ctx_len] int64 that may be long in coming."""
+
+    def __iter__(self) -> Iterator[Tensor]: ...
+    def __next__(self) -> Tensor: ...
+    def wait(self, num_rows: int, seconds: float) -> bool:
+        """Wait for `seconds` at most; False where to ask for `num_rows` rows might take longer."""
+        ...
 
 
 class Harvest:

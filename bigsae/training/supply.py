@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,15 +10,14 @@ from torch import Tensor
 
 from bigsae.config import TrainConfig
 from bigsae.data.buffer import ActivationBuffer
-from bigsae.data.harvest import Harvest
-from bigsae.data.tokens import TokenRows
+from bigsae.data.harvest import Harvest, Rows
 from bigsae.parallel.mesh import Mesh
 
 
 def build_harvest(
     config: TrainConfig,
     widths: dict[str, int],
-    rows: Iterator[Tensor],
+    rows: Rows,
     extract: Any,
     kept: Callable[[Tensor], Tensor],
     mesh: Mesh,
@@ -46,5 +45,5 @@ def build_harvest(
         config.ctx_len,
         config.batch_size_tokens // mesh.num_ranks,
         mesh,
-        *([rows.wait] if isinstance(rows, TokenRows) else []),
+        rows.wait,
     )

@@ -93,8 +93,9 @@ def run(arguments: argparse.Namespace) -> None:
 class _Kept(Iterator[Tensor]):
     """Rows as they come, and those that came."""
 
-    def __init__(self, rows: Iterator[Tensor]):
+    def __init__(self, rows: Any):
         self.rows, self.seen = rows, []
+        self.wait = rows.wait
 
     def __next__(self) -> Tensor:
         self.seen.append(next(self.rows))
