@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 import itertools
 import re
 from collections.abc import Callable, Iterable, Iterator
@@ -199,12 +200,16 @@ def pack(documents: Iterable[Document], packers: dict[int, Packer], encode: Enco
         heads = [(piece, cut) for cut in cuts if (piece := next(cut, None)) is not None]
         while heads:
             number = min(piece.cursor.piece for piece, _ in heads)
-            rows: list[Row] = []
+            feeds: list[Iterator[Row]] = []
             for batch in _batches(piece for piece, _ in heads if piece.cursor.piece == number):
                 for piece, wanted in _tokenise(batch, encode):
                     yield len(wanted)
-                    rows.extend(piece.packer.feed(wanted, piece.cursor))
-            yield from sorted(rows, key=lambda row: (row.cursor.offset // num_packed, row.cursor.shard))
+                    feeds.append(piece.packer.feed(wanted, piece.cursor))
+            # Rows are made as they are wanted: thousands of small arrays, held and freed once a group, would leave
+            # the heap in pieces that nothing else fits into.
+            yield from heapq.merge(
+                *feeds, key=lambda row: (row.cursor.offset // num_packed, row.cursor.shard)
+            )
             heads = [
                 (following, cut)
                 for piece, cut in heads
