@@ -18,35 +18,38 @@ def gradient_dtype(weight: Tensor) -> torch.dtype:
 
 
 def add_in_place(weight: Tensor) -> None:
-    """Have this module's gradients of the parameter `weight` added to its `grad` as they are made, from now on.
+    """Have this module's gradients of the parameter `weight` made in, or added to, its `grad`, from now on.
 
-    Autograd adds up the gradients of a weight's uses when they all exist, each as large as the weight. Backwards for
-    which `weight.grad` is None still give it to autograd.
+    Autograd adds up the gradients of a weight's uses when they all exist, each as large as the weight.
     """
     weight.adds_in_place = True  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def _sum_in_place(weight: Tensor) -> Tensor | None:
-    return weight.grad if getattr(weight, "adds_in_place", False) else None
+def _in_place(weight: Tensor) -> bool:
+    return getattr(weight, "adds_in_place", False)
 
 
 def gradient_sum(weight: Tensor) -> tuple[Tensor | None, Tensor]:
     """For a backward that adds up a gradient of `weight` itself: what it returns to autograd, and what it adds to."""
-    total = _sum_in_place(weight)
-    if total is not None:
-        return None, total
-    total = torch.zeros_like(weight, dtype=gradient_dtype(weight))
-    return total, total
+    total = weight.grad if _in_place(weight) else None
+    if total is None:
+        total = torch.zeros_like(weight, dtype=gradient_dtype(weight))
+    if not _in_place(weight):
+        return total, total
+    weight.grad = total
+    return None, total
 
 
 def weight_gradient(
     weight: Tensor, pattern: "LatentMajor", coefficients: Tensor, dense: Tensor
 ) -> Tensor | None:
-    """For a backward: the `rows` of `pattern` as the gradient of `weight`, None where they were added to its sum."""
-    total = _sum_in_place(weight)
-    if total is None:
+    """For a backward: the `rows` of `pattern` as the gradient of `weight`, None where they are in its `grad`."""
+    if not _in_place(weight):
         return pattern.rows(coefficients, dense, dtype=gradient_dtype(weight))
-    pattern.rows(coefficients, dense, add_to=total)
+    if weight.grad is None:
+        weight.grad = pattern.rows(coefficients, dense, dtype=gradient_dtype(weight))
+    else:
+        pattern.rows(coefficients, dense, add_to=weight.grad)
     return None
 
 
@@ -141,23 +144,36 @@ class LatentMajor:
 
             return sparse_grad_triton.latent_rows(self, coefficients, dense, dtype, add_to=add_to)
         wide = torch.float64 if dtype == torch.float64 else torch.float32
-        coefficients, dense = coefficients.flatten()[self.order].to(wide), dense.to(wide)
+        coefficients = coefficients.flatten().index_select(0, self.order).to(wide)
+        dense = dense.to(wide)
         if dtype == wide and add_to is None:
             return _bags(self.tokens, dense, self.crow, coefficients)
         out = add_to
         if out is None:
-            out = torch.empty(self.d_sae, dense.shape[1], dtype=dtype, device=dense.device)
-        size = max(_WIDE_ELEMENTS // max(dense.shape[1], 1), 1)
-        crow = self.crow.cpu()
-        for first in range(0, self.d_sae, size):
-            start, stop = int(crow[first]), int(crow[min(first + size, self.d_sae)])
-            own = slice(start, stop)
-            bounds = self.crow[first : first + size + 1] - start
-            rows = _bags(self.tokens[own], dense, bounds, coefficients[own])
-            if add_to is not None:
-                rows += out[first : first + size]
-            out[first : first + size] = rows
+            out = torch.zeros(self.d_sae, dense.shape[1], dtype=dtype, device=dense.device)
+        self._add_rows(out, coefficients, dense)
         return out
+
+    def _add_rows(self, out: Tensor, coefficients: Tensor, dense: Tensor) -> None:
+        """Add to `out` the rows of those latents that have pairs (of AuxK's, a few), some of them at a time."""
+        latents = self.counts.nonzero().squeeze(1)
+        bounds = torch.cat((self.crow[latents], self.crow[-1:]))
+        ends = bounds.tolist()
+        size = max(_WIDE_ELEMENTS // max(dense.shape[1], 1), 1)
+        for first in range(0, len(latents), size):
+            own = latents[first : first + size]
+            start, stop = ends[first], ends[first + len(own)]
+            rows = _bags(
+                self.tokens[start:stop],
+                dense,
+                bounds[first : first + len(own) + 1] - start,
+                coefficients[start:stop],
+            )
+            if out.dtype == rows.dtype:
+                out.index_add_(0, own, rows)
+            else:  # in float32 before it is rounded
+                rows += out.index_select(0, own)
+                out.index_copy_(0, own, rows.to(out.dtype))
 
     def sums(self, coefficients: Tensor, *, dtype: torch.dtype | None = None) -> Tensor:
         """[d_sae]: the sum of each latent's coefficients ([batch, k]); a bias gradient. See `rows`."""

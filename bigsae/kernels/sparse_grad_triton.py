@@ -96,9 +96,11 @@ def _latent_rows_kernel(
     total += _sum_pairs(
         tokens_ptr, coefficients_ptr, dense_ptr, tail_start, stop, cols, d_in, BLOCK_N, BLOCK_D
     )
+    mask = cols < d_in
     if ADD:
-        total += tl.load(out_ptr + latent * d_in + cols, mask=cols < d_in, other=0.0).to(tl.float32)
-    tl.store(out_ptr + latent * d_in + cols, total.to(out_ptr.dtype.element_ty), mask=cols < d_in)
+        mask &= stop > start  # AuxK's pairs are those of a few latents
+        total += tl.load(out_ptr + latent * d_in + cols, mask=mask, other=0.0).to(tl.float32)
+    tl.store(out_ptr + latent * d_in + cols, total.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 @on_its_device

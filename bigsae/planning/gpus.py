@@ -36,6 +36,10 @@ class GPU:
     nvlink: float
     network: float
     """One GPU's share of its node's network."""
+    gather: float | None = None
+    """Of rows of a matrix read here and there. None: as of streams, which rows of some kilobytes reach on a GPU."""
+    select: float | None = None
+    """Pre-activations a second that a selection looks through, after their matmul. None: as fast as they are read."""
 
 
 # NVIDIA's data sheets, SXM boards; eight 400 Gbit/s ports a node (A100: 200 Gbit/s). cpu: one core of a server.
@@ -54,13 +58,13 @@ def usable_bytes(gpu: GPU) -> int | None:
 
 
 def seconds(
-    gpu: GPU, matmul_dtype: str, flops: float, moved: float, nvlink: float, network: float
+    gpu: GPU, matmul_dtype: str, flops: float, moved: float, gathered: float, nvlink: float, network: float
 ) -> dict[Resource, float]:
-    """How long each resource is busy with so many operations and bytes."""
+    """How long each resource is busy with so many operations and bytes; of the bytes `gathered` those of rows."""
     peak = gpu.fp32 if matmul_dtype == "float32" else gpu.bf16
     return {
         "compute": flops / (peak * MATMUL_EFFICIENCY),
-        "memory bandwidth": moved / (gpu.memory * MEMORY_EFFICIENCY),
+        "memory bandwidth": (moved / gpu.memory + gathered / (gpu.gather or gpu.memory)) / MEMORY_EFFICIENCY,
         "NVLink": nvlink / (gpu.nvlink * LINK_EFFICIENCY),
         "network": network / (gpu.network * LINK_EFFICIENCY),
     }

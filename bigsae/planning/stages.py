@@ -45,7 +45,11 @@ class Stage:
     matmul_dtype: str
     flops: float = 0.0
     moved: float = 0.0
-    """Bytes read and written in its own memory."""
+    """Bytes read and written in its own memory, but for `gathered`."""
+    gathered: float = 0.0
+    """Bytes of single rows, read where a token's latents or a latent's tokens lie."""
+    selected: float = 0.0
+    """Pre-activations that a selection looks through."""
     nvlink: float = 0.0
     """Bytes sent to ranks of its node."""
     network: float = 0.0
@@ -53,11 +57,14 @@ class Stage:
 
     def busy(self, gpu: GPU) -> dict[Resource, float]:
         """Seconds of each resource; they work at the same time."""
-        return seconds(gpu, self.matmul_dtype, self.flops, self.moved, self.nvlink, self.network)
+        return seconds(
+            gpu, self.matmul_dtype, self.flops, self.moved, self.gathered, self.nvlink, self.network
+        )
 
     def seconds(self, gpu: GPU) -> float:
-        """How long it takes: as long as the slowest resource."""
-        return max(self.busy(gpu).values())
+        """How long it takes: as long as the slowest resource, and a selection that is not bound by memory after it."""
+        selecting = self.selected / gpu.select if gpu.select else 0.0
+        return max(self.busy(gpu).values()) + selecting
 
     def bound(self, gpu: GPU) -> Resource:
         """Which resource that is."""
@@ -114,6 +121,8 @@ def _sum(a: Stage, b: Stage) -> Stage:
         a.matmul_dtype,
         a.flops + b.flops,
         a.moved + b.moved,
+        a.gathered + b.gathered,
+        a.selected + b.selected,
         a.nvlink + b.nvlink,
         a.network + b.network,
     )
@@ -156,13 +165,18 @@ def _encode(name: str, shape: SAEShape, batch: int, own: int, dtype: str) -> Sta
     moved = num_slabs * own * shape.d_in * e + 3 * batch * own * e + batch * shape.d_in * e
     if e != shape.weight_bytes:
         moved += own * shape.d_in * (shape.weight_bytes + e)
-    return Stage(name, dtype, flops=encode_flops(shape, batch, own), moved=moved)
+    return Stage(name, dtype, flops=encode_flops(shape, batch, own), moved=moved, selected=batch * own)
 
 
 def _decode(name: str, shape: SAEShape, batch: int, pairs: float) -> Stage:
     """A row of W_dec for each selected latent."""
-    moved = pairs * shape.d_out * shape.weight_bytes + 4 * batch * shape.d_out
-    return Stage(name, "float32", flops=decode_flops(shape, pairs), moved=moved)
+    return Stage(
+        name,
+        "float32",
+        flops=decode_flops(shape, pairs),
+        moved=4 * batch * shape.d_out,
+        gathered=pairs * shape.d_out * shape.weight_bytes,
+    )
 
 
 def _gradients(name: str, shape: SAEShape, batch: int, own: int, pairs: float) -> Stage:
@@ -173,8 +187,8 @@ def _gradients(name: str, shape: SAEShape, batch: int, own: int, pairs: float) -
     through_encoder = shape.d_in if shape.centred else 0
     rows = pairs * (shape.weight_bytes * (shape.d_out + through_encoder) + 4 * (shape.d_in + shape.d_out))
     written = own * (shape.d_in + shape.d_out) * shape.grad_bytes
-    moved = rows + written + 8 * batch * shape.d_out
-    return Stage(name, "float32", flops=gradient_flops(shape, pairs), moved=moved)
+    moved = written + 8 * batch * shape.d_out
+    return Stage(name, "float32", flops=gradient_flops(shape, pairs), moved=moved, gathered=rows)
 
 
 def _optimiser(shape: SAEShape, own: int, updates: float) -> Stage:

@@ -163,8 +163,6 @@ class SAETrainer:
         context = self._context(y)
         context.dead = self._dead_latents(context.num_tokens)
         output = self.training_forward(x, y, context)
-        if context.dead is not None or self.config.multi_topk or self.optim.accumulation_steps > 1:
-            self.update.begin_sums()
         output.loss.backward()
         self._mark_nonfinite(output.loss)
         updates = (self.step + 1) % self.optim.accumulation_steps == 0

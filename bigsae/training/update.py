@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from bigsae.config import OptimConfig, UserError
-from bigsae.kernels.sparse_grad import add_in_place, gradient_dtype
+from bigsae.kernels.sparse_grad import add_in_place
 from bigsae.parallel import collectives
 from bigsae.parallel.mesh import Mesh
 from bigsae.sae.base import SAE
@@ -72,12 +72,6 @@ class Update:
 
     def _first_row(self, parameter: Tensor) -> int:
         return self.mesh.data_rank * (len(parameter) // self.mesh.num_data)
-
-    def begin_sums(self) -> None:
-        """Before a backward that uses matrices twice, or adds to gradients: have them sum where they will lie."""
-        for matrix in (self.sae.W_enc, self.sae.W_dec):
-            if matrix.grad is None:
-                matrix.grad = torch.zeros_like(matrix, dtype=gradient_dtype(matrix))
 
     @torch.no_grad()
     def __call__(self, lr: float) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,8 @@
 """How a step's time and memory grow with each size, beside what the cost model of bigsae.plan says.
 
-The model counts operations and bytes; here it gets the two rates of this device as measured in the same run, at the
-base shape: of the encoder's matmul, and of a pass that reads and writes memory. Nothing is fitted to the other shapes.
+The model counts operations and bytes; here it gets the rates of this device as measured in the same run, at the base
+shape: of the encoder's matmul, of a pass over memory, and on a CPU of gathered rows and of a selection.
+Nothing is fitted to a step's time, or to the other shapes.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from benching import plot, step
 from benching.common import finish, percentile
@@ -79,7 +81,7 @@ def run(arguments: argparse.Namespace) -> None:
     """Measure every point, and print what the model says beside it."""
     device = torch.device(arguments.device)
     rates = calibrate(device)
-    print(f"matmul {rates[0] / 1e9:.0f} GFLOP/s, memory {rates[1] / 1e9:.1f} GB/s")
+    print(", ".join(f"{name} {rate / 1e9:.2f} G/s" for name, rate in rates.items()))
     rows = {}
     for point in points(arguments):
         row = measure(point, arguments, device)
@@ -87,7 +89,7 @@ def run(arguments: argparse.Namespace) -> None:
         row["ratio_p50"] = row["ms_p50"] / row["model_ms"]
         row["memory_ratio"] = row["bytes"] / row["model_bytes"]
         row |= {"ratio_p20": row["ms_p20"] / row["model_ms"], "ratio_p80": row["ms_p80"] / row["model_ms"]}
-        row |= {"size": point.size, "flops_per_second": rates[0], "bytes_per_second": rates[1]}
+        row |= {"size": point.size, **{f"{name}_per_second": rate for name, rate in rates.items()}}
         rows[point.name] = row
         print(
             f"{point.name}: {row['ms_p50']:.1f} ms, model {row['model_ms']:.1f}; {row['bytes'] / 2**20:.0f} MiB, "
@@ -99,9 +101,12 @@ def run(arguments: argparse.Namespace) -> None:
         draw(rows, Path(arguments.svg))
 
 
-def calibrate(device: torch.device) -> tuple[float, float]:
-    """Operations a second of the encoder's matmul at the base shape, and bytes a second of a pass over memory."""
-    from bigsae.kernels.encode import pre_acts_by_slab
+def calibrate(device: torch.device) -> dict[str, float]:
+    """What this device does in a second: operations of the base shape's encoder, and bytes of a pass over memory.
+
+    On a CPU also bytes of gathered rows, and pre-activations that a selection looks through in the cache.
+    """
+    from bigsae.kernels.topk import select_topk
 
     base = Point("d_sae", **_BASE)
     x, W_enc = (
@@ -109,22 +114,50 @@ def calibrate(device: torch.device) -> tuple[float, float]:
         torch.randn(base.d_sae, base.d_in, device=device),
     )
     bias = torch.zeros(base.d_sae, device=device)
-
-    @torch.no_grad()
-    def multiply() -> None:
-        for _ in pre_acts_by_slab(x, W_enc, bias, None):
-            pass
-
     moved = [torch.ones_like(W_enc) for _ in range(6)]
-    flops = 2 * base.batch * base.d_in * base.d_sae
-    num_bytes = 2 * sum(t.nbytes for t in moved)
-    fastest = [percentile(_times(f, device), 50) for f in (multiply, lambda: torch._foreach_mul_(moved, 1.0))]
-    return flops / fastest[0], num_bytes / fastest[1]
+    work: dict[str, tuple[float, Callable[[], Any]]] = {
+        "flops": (2 * base.batch * base.d_in * base.d_sae, lambda: _multiply(x, W_enc, bias)),
+        "bytes": (2 * sum(t.nbytes for t in moved), lambda: torch._foreach_mul_(moved, 1.0)),
+    }
+    if device.type == "cpu":
+        part, looks = torch.randn(256, base.d_sae), base.batch // 256
+        work["selected"] = (
+            base.batch * base.d_sae,
+            lambda: [select_topk(part, base.k) for _ in range(looks)],
+        )
+        work["gathered_bytes"] = _gathering(base, x, W_enc)
+    return {name: amount / percentile(times(f, device), 50) for name, (amount, f) in work.items()}
 
 
-def _times(
+@torch.no_grad()
+def _multiply(x: Tensor, W_enc: Tensor, bias: Tensor) -> None:
+    from bigsae.kernels.encode import pre_acts_by_slab
+
+    for _ in pre_acts_by_slab(x, W_enc, bias, None):
+        pass
+
+
+def _gathering(base: Point, x: Tensor, weight: Tensor) -> tuple[float, Callable[[], Any]]:
+    """What a step's decode, and the gradients of its selected pairs, read of rows; and a function that does it."""
+    from bigsae.kernels.decode import gather_dot, gather_sum
+    from bigsae.kernels.sparse_grad import LatentMajor
+
+    indices = torch.stack([torch.randperm(base.d_sae)[: base.k] for _ in range(base.batch)])
+    coefficients = torch.rand(indices.shape)
+
+    def gather() -> None:
+        gather_sum(coefficients, indices, weight, dtype=x.dtype)
+        gather_dot(x, weight, indices, dtype=x.dtype)
+        LatentMajor(indices, base.d_sae).rows(coefficients, x)
+
+    # As the model counts them: a row for each pair and call.
+    return 3 * indices.numel() * x.shape[1] * x.element_size(), gather
+
+
+def times(
     function: Callable[[], Any], device: torch.device, rounds: int = _CALIBRATION_ROUNDS
 ) -> list[float]:
+    """Seconds of each of `rounds` calls, after one that does not count."""
     seconds = []
     for number in range(rounds + 1):
         begun = time.perf_counter()
@@ -146,13 +179,13 @@ def measure(point: Point, arguments: argparse.Namespace, device: torch.device) -
     before = _begin_peak(device)
     trainer = step.make_trainer(shape, alone(device), batches[0])
     step.settle(trainer, 1, batches)
-    seconds = _times(step.on_batches(trainer.train_step, batches), device, arguments.rounds)
+    seconds = times(step.on_batches(trainer.train_step, batches), device, arguments.rounds)
     used = _peak(device) - before
     return {**{f"ms_p{p}": 1e3 * percentile(seconds, p) for p in (20, 50, 80)}, "bytes": used}
 
 
-def model(point: Point, arch: str, rates: tuple[float, float]) -> dict[str, float]:
-    """Milliseconds and bytes of bigsae.plan for a device of these rates."""
+def model(point: Point, arch: str, rates: dict[str, float], mesh: Any = None) -> dict[str, float]:
+    """Milliseconds and bytes that bigsae.plan gives a rank of `mesh` (planning/stages.py; None: one) at these rates."""
     from bigsae.checks import resolve_sae
     from bigsae.config import OptimConfig, SAEConfig
     from bigsae.parallel.memory import sae_bytes, sae_shape
@@ -163,11 +196,15 @@ def model(point: Point, arch: str, rates: tuple[float, float]) -> dict[str, floa
     sparsity: dict[str, Any] = {"target_l0": float(point.k)} if arch == "jumprelu" else {"k": point.k}
     config = resolve_sae(SAEConfig(architecture=arch, d_sae=point.d_sae, **sparsity))  # pyright: ignore[reportArgumentType]
     shape = sae_shape(config, OptimConfig(), point.d_in, point.d_sae)
-    compute, memory = rates[0] / gpus.MATMUL_EFFICIENCY, rates[1] / gpus.MEMORY_EFFICIENCY
-    device = gpus.GPU(None, compute, compute, memory, 1.0, 1.0)
+    # The plan takes a part of a maker's figures; here the rates are those that were reached.
+    compute, memory = rates["flops"] / gpus.MATMUL_EFFICIENCY, rates["bytes"] / gpus.MEMORY_EFFICIENCY
+    gather = rates["gathered_bytes"] / gpus.MEMORY_EFFICIENCY if "gathered_bytes" in rates else None
+    link = rates.get("link", 1.0) / gpus.LINK_EFFICIENCY
+    device = gpus.GPU(None, compute, compute, memory, link, link, gather, rates.get("selected"))
     plan = PlanConfig("", (), batch_size_tokens=point.batch)
-    stages = sae_stages(plan, [shape], Mesh(1, 1, 1, 1), with_auxk=False)
-    taken = sae_bytes(shape, 1, 1, point.batch, first_tokens=point.batch)
+    mesh = mesh or Mesh(1, 1, 1, 1)
+    stages = sae_stages(plan, [shape], mesh, with_auxk=False)
+    taken = sae_bytes(shape, mesh.num_latent, mesh.num_data, point.batch, first_tokens=point.batch)
     return {
         "ms": 1e3 * sum(stage.seconds(device) for stage in stages),
         "bytes": taken.kept + taken.step,

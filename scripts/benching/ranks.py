@@ -1,7 +1,9 @@
 """Training steps of several CPU ranks, a thread each, against the same step on one of them.
 
 Each rank brings as many tokens as the one rank has. So a global batch is as many times larger; ranks that share an SAE
-exchange their tokens first, and each then has all of these and a part of the latents.
+exchange their tokens first, and each then has all of these and a part of the latents. Beside each time stands that of
+the cost model of bigsae.plan for the rates of a rank that are measured in the same run (growth.py), of one rank while
+the others wait, and of all while all work, and for the rate of an all_reduce of a weight.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from benching import step
+from benching import growth, step
 from benching.common import finish, paired_times, percentile, summarise
 
 ALONE = "one rank"
@@ -34,14 +36,18 @@ def run(arguments: argparse.Namespace) -> None:
     arguments.latent = latents
     with tempfile.TemporaryDirectory() as folder:
         mp.start_processes(_rank_main, (arguments, folder), arguments.ranks, start_method="spawn")
-        seconds = torch.load(Path(folder) / "seconds.pt", weights_only=True)
+        seconds, models = torch.load(Path(folder) / "seconds.pt", weights_only=True)
     rows = summarise(seconds, ALONE)
     for name, row in rows.items():
         factor = 1 if name == ALONE else arguments.ranks
         ratios = [factor * a / b for a, b in zip(seconds[ALONE], seconds[name], strict=True)]
         row.update({f"tokens_ratio_p{p}": percentile(ratios, p) for p in (20, 50, 80)})
         row["tokens_per_second"] = factor * arguments.batch / percentile(seconds[name], 50)
-        print(f"{name}: {row['tokens_per_second']:.0f} tokens/s, {row['tokens_ratio_p50']:.2f} x one rank")
+        row |= models[name] | {"model_ratio_p50": row["ms_p50"] / models[name]["model_ms"]}
+        print(
+            f"{name}: {row['tokens_per_second']:.0f} tokens/s, {row['tokens_ratio_p50']:.2f} x one rank; "
+            f"{row['ms_p50']:.0f} ms, model {row['model_ms']:.0f}"
+        )
     finish(arguments, rows, ["torch"])
 
 
@@ -54,10 +60,40 @@ def _rank_main(rank: int, arguments: argparse.Namespace, folder: str) -> None:
     functions, errors = _functions(rank, arguments)
     step.check_errors(errors, 1e-4)
     seconds = paired_times(functions, arguments.rounds, arguments.warmup)
+    models = _models(arguments)
     if rank == 0:
-        torch.save(seconds, f"{folder}/seconds.pt")
+        torch.save((seconds, models), f"{folder}/seconds.pt")
     dist.barrier()
     dist.destroy_process_group()
+
+
+def _models(arguments: argparse.Namespace) -> dict[str, dict[str, float]]:
+    """What the cost model says of each mesh, with the rates it takes."""
+    from bigsae.parallel.traffic import Payload, sent_bytes
+    from bigsae.planning.stages import Mesh
+
+    device, num_ranks = torch.device(arguments.device), arguments.ranks
+    solo = growth.calibrate(device) if dist.get_rank() == 0 else {}
+    dist.barrier()
+    rates = growth.calibrate(device)
+    weight = torch.zeros(arguments.d_sae, arguments.d_in)
+    sent = sent_bytes(Payload("a weight", "all_reduce", "data", weight.nbytes), num_ranks)
+    rates["link"] = sent / percentile(growth.times(lambda: dist.all_reduce(weight), device), 50)
+    if not solo:
+        return {}
+    shape = (arguments.d_in, arguments.d_sae, arguments.k)
+    models = {ALONE: growth.model(growth.Point("ranks", *shape, arguments.batch), arguments.arch, solo)}
+    for latent in arguments.latent:
+        point = growth.Point("ranks", *shape, num_ranks * arguments.batch)
+        mesh = Mesh(num_ranks, num_ranks, 1, latent)
+        models[f"data {num_ranks // latent} x latent {latent}"] = growth.model(
+            point, arguments.arch, rates, mesh
+        )
+    return {
+        name: {f"model_{key}": value for key, value in found.items()}
+        | {f"{key}_per_second": rate for key, rate in (solo if name == ALONE else rates).items()}
+        for name, found in models.items()
+    }
 
 
 def _functions(
