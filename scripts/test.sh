@@ -49,7 +49,9 @@ fi
 
 if ((slow)); then
     status=0
-    python -m pytest -m slow "$@" || status=$?
+    # As below; but what needs the quickstart, which is trained once, belongs together whatever its file.
+    python -m pytest -m slow --numprocesses "${TEST_PROCESSES:-2}" --dist loadgroup --no-loadscope-reorder "$@" ||
+        status=$?
     # 5: nothing was collected. Of the whole suite that means that no test is marked slow; of a selection, a mistake.
     if ((status == 5 && $# == 0)); then
         echo "test.sh: no test is marked slow"

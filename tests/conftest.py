@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -44,3 +45,21 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "quickstart_run" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.timeout(1800), append=False)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """With `--dist loadgroup` a file's tests run in one process, those of all files that use the quickstart in another.
+
+    xdist's own marks would say it better, but xdist 3.8 does not see them under pytest 9.2.
+    """
+    if config.getvalue("dist") != "loadgroup":
+        return None
+    from xdist.scheduler import LoadScopeScheduling  # there where tests are dealt out, and nowhere else
+
+    class Grouped(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return "quickstart" if "quickstart_run" in (config.rootpath / file).read_text() else file
+
+    return Grouped(config, log)

@@ -91,6 +91,12 @@ def test_kernels_and_the_sae_step_need_torch_alone():
     assert not loaded & {"nnsight", "wandb", "transformers", "datasets", "accelerate", "tyro", "rich"}
 
 
+def test_to_read_and_publish_saes_nothing_of_language_models_is_loaded():
+    """A push of a running training is a process of its own: 4 s of a core to begin with, and 10 with transformers."""
+    loaded = loaded_by("import bigsae.hub.load, bigsae.hub.export")
+    assert not loaded & {"nnsight", "transformers", "datasets", "accelerate", "sympy"}
+
+
 def test_one_file_imports_nnsight_and_none_wandb():
     for package, allowed in (("nnsight", {"lm/activations.py"}), ("wandb", set())):
         users = set()

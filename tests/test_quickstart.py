@@ -59,9 +59,13 @@ def test_saelens_agrees_on_the_models_own_activations(quickstart_run):
 
 
 def test_jumprelu_reaches_its_target(tmp_path):
-    """Trainers of it are known to get stuck: at the L0 they start with, or with everything dead."""
+    """Trainers of it are known to get stuck: at the L0 they start with, or with everything dead.
+
+    In two thirds of the quickstart's tokens, measured at the end alone.
+    """
     out = tmp_path / "run"
-    output = quickstart(out, "--sae.architecture", "jumprelu", "--sae.target-l0", "32")
+    shorter = ("--tokens", "153_600", "--eval.every", "150")
+    output = quickstart(out, "--sae.architecture", "jumprelu", "--sae.target-l0", "32", *shorter)
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     last = [row for row in rows if "heldout_fvu" in row][-1]
     assert last["heldout_l0"] == pytest.approx(32, rel=0.1), output

@@ -11,7 +11,7 @@ from typing import Any
 
 from bigsae.caching.options import CacheConfig
 from bigsae.config import UserError, lm_kwargs, short
-from bigsae.lm.loading import without_hub_kwargs
+from bigsae.lm.kwargs import without_hub_kwargs
 
 logger = logging.getLogger("bigsae")
 

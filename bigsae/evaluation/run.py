@@ -29,13 +29,13 @@ from bigsae.hub.files import write_json
 from bigsae.hub.secrets import without_secrets
 from bigsae.lm.activations import Extractor
 from bigsae.lm.hookpoints import locate
+from bigsae.lm.kwargs import without_hub_kwargs
 from bigsae.lm.loading import (
     download_lm,
     load_lm,
     meta_model,
     process_groups,
     resolve_layout,
-    without_hub_kwargs,
 )
 from bigsae.parallel.launch import join_launch
 from bigsae.parallel.mesh import Mesh, build_mesh

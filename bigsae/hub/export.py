@@ -33,7 +33,7 @@ from bigsae.hub.repository import commit_folder, open_repository
 from bigsae.hub.runs import find_saes, read_rows, run_config
 from bigsae.hub.secrets import without_secrets
 from bigsae.hub.weights import read_safetensors
-from bigsae.lm.loading import without_hub_kwargs
+from bigsae.lm.kwargs import without_hub_kwargs
 from bigsae.progress import Progress
 from bigsae.sae.base import SAE
 

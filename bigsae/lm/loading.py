@@ -8,13 +8,11 @@ neither built nor read.
 from __future__ import annotations
 
 import copy
-import json
 import logging
 import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -29,6 +27,7 @@ from transformers.distributed import DistributedConfig
 from bigsae.config import LMConfig, UserError, lm_kwargs
 from bigsae.lm.compiling import check_compiler, compile_layers
 from bigsae.lm.hookpoints import Site, decoder_layers, num_layers_needed
+from bigsae.lm.kwargs import OF_THIS_MACHINE
 from bigsae.lm.layout import LMLayout, resolve_layout
 
 __all__ = [
@@ -58,8 +57,7 @@ _RESERVED_KWARGS = {
 # By these transformers runs code of repositories on the Hub, whatever trust_remote_code says.
 _RUNS_CODE = ("use_kernels", "allow_all_kernels", "attn_implementation", "experts_implementation")
 # Arguments by which the Hub is asked; the configuration and the weights both need them.
-_OF_THIS_MACHINE = ("cache_dir", "force_download", "local_files_only", "proxies")
-_HUB_KWARGS = (*_OF_THIS_MACHINE, "subfolder")
+_HUB_KWARGS = (*OF_THIS_MACHINE, "subfolder")
 
 
 def _kwargs(lm: LMConfig) -> dict[str, Any]:
@@ -81,12 +79,6 @@ def _split_kwargs(lm: LMConfig) -> tuple[dict[str, Any], dict[str, Any]]:
     kwargs = _kwargs(lm)
     hub = {name: kwargs.pop(name) for name in _HUB_KWARGS if name in kwargs}
     return hub, kwargs
-
-
-def without_hub_kwargs(lm: LMConfig) -> LMConfig:
-    """`lm` without how this machine reaches the Hub, which may name a proxy's password. Raises UserError."""
-    kwargs = lm_kwargs(lm)
-    return replace(lm, kwargs=json.dumps({k: v for k, v in kwargs.items() if k not in _OF_THIS_MACHINE}))
 
 
 def meta_model(model: str, lm: LMConfig) -> tuple[PreTrainedModel, PreTrainedConfig]:

@@ -12,7 +12,6 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Replicate, Shard
 
 
 @dataclass(frozen=True)
@@ -141,5 +140,8 @@ def rows_of_all(rows: Tensor, mesh: Mesh, over_data: bool = False) -> Tensor:
     """
     if mesh.devices is None:
         return rows
+    # Opened when used: it takes a second, which what only reads or publishes SAEs need not wait for.
+    from torch.distributed.tensor import DTensor, Replicate, Shard
+
     placements = [Shard(0), Shard(0) if over_data else Replicate()]
     return DTensor.from_local(rows, mesh.devices, placements, run_check=False)

@@ -14,7 +14,7 @@ from bigsae.config import TrainConfig
 from bigsae.configfile import flat, to_dict
 from bigsae.hub.files import write_json
 from bigsae.hub.secrets import without_secrets
-from bigsae.lm.loading import without_hub_kwargs
+from bigsae.lm.kwargs import without_hub_kwargs
 from bigsae.parallel.launch import join_launch
 
 _IDENTITY = "trackers.json"

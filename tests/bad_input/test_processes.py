@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 
@@ -62,6 +63,7 @@ def test_on_two_ranks_it_is_printed_once_by_the_first(name, home, tmp_path):
     assert len(said) == 1, output
     assert said[0].startswith("error: "), output  # a rank but the first says which it is
     check_message(case, said[0], tmp_path)
+    assert len(re.findall(case.message, output)) == 1, output
     assert "bigsae/" not in output, output  # no traceback of ours
     if "before" in name:
         assert not (tmp_path / "out").exists()

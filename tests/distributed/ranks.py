@@ -7,6 +7,7 @@ import os
 import tempfile
 import traceback
 from collections.abc import Callable
+from multiprocessing.forkserver import ensure_running
 from pathlib import Path
 from typing import Any
 
@@ -37,18 +38,22 @@ def _rank_main(rank: int, num_ranks: int, folder: str, function: Callable, argum
     os._exit(0)
 
 
-def run_ranks(
-    num_ranks: int, function: Callable, *arguments: Any, start_method: str = "forkserver"
-) -> list[Any]:
+def start_server() -> None:
+    """Start what ranks are forked from, where it does not run yet; its environment stays that of this moment."""
+    multiprocessing.set_forkserver_preload(_PRELOADED)
+    ensure_running()
+
+
+def run_ranks(num_ranks: int, function: Callable, *arguments: Any) -> list[Any]:
     """What the module-level `function(*arguments)` returns on each of `num_ranks` gloo ranks, each with one thread.
 
-    With "spawn" each rank has the environment of this moment, and imports everything by itself.
+    Their environment is that of `start_server`, which the first call is.
     """
     with tempfile.TemporaryDirectory() as folder:
         try:
-            multiprocessing.set_forkserver_preload(_PRELOADED)
+            start_server()
             mp.start_processes(
-                _rank_main, (num_ranks, folder, function, arguments), num_ranks, start_method=start_method
+                _rank_main, (num_ranks, folder, function, arguments), num_ranks, start_method="forkserver"
             )
         except Exception as error:
             texts = [p.read_text() for p in sorted(Path(folder).glob("error_*"))]

@@ -19,13 +19,20 @@ from bigsae.parallel.mesh import build_mesh
 from bigsae.parallel.nodes import first_on_node, limit_waits
 from tests.distributed.hub_server import REPOSITORY, hub
 from tests.distributed.ranks import run_ranks
+from tests.hub.environment import use_hub
 from tests.models import tiny_llama
 
 CPU = torch.device("cpu")
 
 
-def download_and_load(folder: str) -> dict[str, Any]:
+def download_and_load(folder: str, endpoint: str) -> dict[str, Any]:
     """Each node with a cache of its own; the model sharded within the node, replicated on the other."""
+    with pytest.MonkeyPatch.context() as patch:
+        use_hub(patch, endpoint, Path(folder, "hf"))
+        return downloaded_and_loaded(folder)
+
+
+def downloaded_and_loaded(folder: str) -> dict[str, Any]:
     rank = dist.get_rank()
     os.environ.update(LOCAL_RANK=str(rank % 2), LOCAL_WORLD_SIZE="2")
     mesh = build_mesh()
@@ -51,10 +58,8 @@ def loaded(tmp_path_factory) -> tuple[list[dict[str, Any]], list[tuple[str, str]
     """What each rank has, and all requests to the Hub."""
     folder = tmp_path_factory.mktemp("download")
     tiny_llama(folder / "lm", num_layers=2)
-    with pytest.MonkeyPatch.context() as patch, hub(folder / "lm") as (endpoint, requests):
-        patch.setenv("HF_ENDPOINT", endpoint)
-        patch.setenv("HF_HUB_OFFLINE", "0")
-        return run_ranks(4, download_and_load, str(folder), start_method="spawn"), requests
+    with hub(folder / "lm") as (endpoint, requests):
+        return run_ranks(4, download_and_load, str(folder), endpoint), requests
 
 
 def test_each_file_is_downloaded_once_a_node(loaded):

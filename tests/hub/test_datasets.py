@@ -21,6 +21,7 @@ from bigsae.pretokenizing.run import pretokenize_dataset
 from bigsae.training import cached
 from tests.caching.caches import HOOKPOINTS, cache_config, cached_config
 from tests.distributed.ranks import run_ranks
+from tests.hub.environment import use_hub
 from tests.hub.hub_server import TOKEN, Hub
 from tests.launch import metrics, write_corpus
 from tests.models import tiny_llama
@@ -234,23 +235,24 @@ def test_what_names_the_others_must_be_the_same_to_the_letter(make: Make, hub: H
     assert files_of(hub) == files
 
 
-def two_ranks(home: str, out: str) -> str:
+def two_ranks(home: Path, folder: Path, endpoint: str) -> str:
     """What refuses a repository, and then one that takes the cache."""
-    config = cache_config(Path(home), Path(out), tokens=1500, push_to_hub="someone/public", private=True)
-    try:
-        bigsae.write_activations(config)
-    except UserError as error:
-        bigsae.write_activations(replace(config, push_to_hub=NAME))
-        return str(error)
+    config = cache_config(home, folder / "out", tokens=1500, push_to_hub="someone/public", private=True)
+    with pytest.MonkeyPatch.context() as patch:
+        use_hub(patch, endpoint, folder / "hf")
+        try:
+            bigsae.write_activations(config)
+        except UserError as error:
+            bigsae.write_activations(replace(config, push_to_hub=NAME))
+            return str(error)
     return ""
 
 
-def test_of_many_ranks_one_asks_the_hub_and_all_know(hub: Hub, home, tmp_path, monkeypatch, caplog):
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+def test_of_many_ranks_one_asks_the_hub_and_all_know(rank_server, hub: Hub, home, tmp_path, caplog):
     HfApi().create_repo("someone/public", repo_type="dataset")
     hub.requests.clear()
     with caplog.at_level(logging.WARNING):
-        first, second = run_ranks(2, two_ranks, str(home), str(tmp_path / "out"), start_method="spawn")
+        first, second = run_ranks(2, two_ranks, home, tmp_path, hub.endpoint)
     assert first == second and "--push-to-hub someone/public exists and is public" in first
     assert TOKEN not in first
     # Of the refused one once; of the other before the work and before the upload.

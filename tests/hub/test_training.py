@@ -22,6 +22,7 @@ from bigsae.export import main
 from bigsae.training.pusher import Pusher
 from bigsae.training.signals import StopSignal
 from tests.distributed.ranks import run_ranks
+from tests.hub.environment import use_hub
 from tests.hub.hub_server import TOKEN, Hub
 from tests.launch import write_corpus
 from tests.models import tiny_llama
@@ -193,15 +194,16 @@ def test_what_is_due_while_a_push_goes_on_is_left_out(hub: Hub, config, monkeypa
         assert f"the last push goes on: the SAEs of step {step} are left out" in caplog.text
 
 
-def two_ranks(home: str, out: str) -> None:
+def two_ranks(home: Path, folder: Path, endpoint: str) -> None:
     """One SAE on two ranks, each with a part of its latents."""
-    config = config_of(Path(home), Path(out), push_every=4)
-    bigsae.train_saes(replace(config, mesh=bigsae.MeshConfig(latent=2), tokens=64 * 6))
+    config = config_of(home, folder / "run", push_every=4)
+    with pytest.MonkeyPatch.context() as patch:
+        use_hub(patch, endpoint, folder / "hf")
+        bigsae.train_saes(replace(config, mesh=bigsae.MeshConfig(latent=2), tokens=64 * 6))
 
 
-def test_an_sae_on_two_ranks_is_pushed_whole(hub: Hub, home, tmp_path, monkeypatch):
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    run_ranks(2, two_ranks, str(home), str(tmp_path / "run"), start_method="spawn")
+def test_an_sae_on_two_ranks_is_pushed_whole(rank_server, hub: Hub, home, tmp_path):
+    run_ranks(2, two_ranks, home, tmp_path, hub.endpoint)
     assert messages(hub)[-1] == "step 6"
     ours, theirs = bigsae.load_sae(tmp_path / "run", NAME), bigsae.load_sae("user/name", NAME)
     assert ours.d_sae == 64 and torch.equal(ours.W_enc, theirs.W_enc)
