@@ -47,6 +47,12 @@ def default_slab_rows(d_sae: int, x: Tensor) -> int:
     return max(1, _SLAB_BYTES // (d_sae * x.element_size()))
 
 
+def cached_rows(d_sae: int, element_size: int, batch: int) -> int:
+    """Rows of [batch, d_sae] that are multiplied at a time where oneDNN does it; 0 where there would be too few."""
+    rows = min(_CACHED_BYTES // (d_sae * element_size), batch)
+    return rows if rows >= min(_LEAST_ROWS, batch) else 0
+
+
 def _has_onednn(x: Tensor) -> bool:
     """Whether torch's own oneDNN can multiply `x`: CPU, float32."""
     return x.device.type == "cpu" and x.dtype == torch.float32 and torch.backends.mkldnn.is_available()
@@ -64,10 +70,10 @@ def pre_acts_by_slab(
         slab_rows = default_slab_rows(d_sae, x)
     slab_rows = min(slab_rows, max(batch, 1))
     W_enc, b_enc = W_enc.to(x.dtype), b_enc.to(x.dtype)
-    cached_rows = min(_CACHED_BYTES // (d_sae * x.element_size()), slab_rows)
-    if _has_onednn(x) and cached_rows >= min(_LEAST_ROWS, batch) > 0:
-        for start in range(0, batch, cached_rows):
-            chunk = x[start : start + cached_rows].contiguous()
+    part = cached_rows(d_sae, x.element_size(), slab_rows)
+    if _has_onednn(x) and part >= min(_LEAST_ROWS, batch) > 0:
+        for start in range(0, batch, part):
+            chunk = x[start : start + part].contiguous()
             yield start, torch.ops.mkldnn._linear_pointwise(chunk, W_enc, b_enc, "none", [], "")
         return
     slab = _slab(slab_rows, d_sae, x)
