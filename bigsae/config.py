@@ -52,9 +52,10 @@ class LMConfig:
     """Copies of the sharded model (HSDP). Default: ranks / shard-size."""
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     """Data type of the model's weights and of its forward."""
-    micro_batch_rows: int = 8
+    micro_batch_rows: int | None = None
     """Token rows (of ctx-len) in one forward, on each rank. Decides results to rounding, so it is never tuned by
-    timing."""
+    timing. Default: from shapes alone, the largest power of two with at most 8,192 tokens (on a CPU 2,048), 2 GiB of
+    activations, and half of --buffer.tokens; a resume keeps the run's."""
     revision: str | None = None
     """Branch, tag or commit of the model on the Hub."""
     trust_remote_code: bool = False
@@ -65,6 +66,12 @@ class LMConfig:
     """Compile each decoder layer that holds no hookpoint (torch.compile)."""
     kwargs: str = "{}"
     """JSON object of further arguments of `from_pretrained`, e.g. '{"attn_implementation": "sdpa"}'."""
+
+    @property
+    def chosen_rows(self) -> int:
+        """`micro_batch_rows`, once it is chosen (`bigsae.lm.micro_batch`)."""
+        assert self.micro_batch_rows is not None, "it is chosen when the model's shape is known"
+        return self.micro_batch_rows
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from typing import Any
 from transformers import LlamaConfig
 
 from bigsae.config import SAEConfig
-from bigsae.planning.model import LMFacts, lm_facts
+from bigsae.planning.model import LMFacts, lm_facts, with_chosen_rows
 from bigsae.planning.options import PlanConfig
 from bigsae.planning.recommend import check_plan, recommend
 from bigsae.planning.report import as_numbers
@@ -50,6 +50,7 @@ def table() -> str:
         llama_70b(folder)
         config = PlanConfig(model=folder, hookpoints=("model.layers.40",), ctx_len=1024)
         facts = lm_facts(config)
+        config = with_chosen_rows(config, facts)
         rows = [
             _row(
                 replace(

@@ -247,7 +247,10 @@ def real_problems(model: str, text: str, tasks: list[Task]) -> dict[str, Problem
     from bigsae.lm.hookpoints import locate, resolve_hookpoints
     from bigsae.lm.loading import load_lm, meta_model, resolve_layout
 
-    lm, data = LMConfig(dtype="float32"), DataConfig(heldout_documents=HELDOUT_DOCUMENTS, epochs=1)
+    lm, data = (
+        LMConfig(dtype="float32", micro_batch_rows=8),
+        DataConfig(heldout_documents=HELDOUT_DOCUMENTS, epochs=1),
+    )
     meta, _ = meta_model(model, lm)
     sites = locate(meta, resolve_hookpoints([task.name for task in tasks], meta))
     tokenizer, source = load_tokenizer(model), open_dataset(text, data)
@@ -259,7 +262,7 @@ def real_problems(model: str, text: str, tasks: list[Task]) -> dict[str, Problem
         """float16: the same ten bits of mantissa in a model of this size, in half the memory."""
         kept: dict[str, list[Tensor]] = {site.name: [] for site in sites}
         num_kept = 0
-        while (at_most is None or num_kept < at_most) and (micro := [*_take(rows, lm.micro_batch_rows)]):
+        while (at_most is None or num_kept < at_most) and (micro := [*_take(rows, lm.chosen_rows)]):
             ids = torch.stack(micro)
             mask = token_mask(ids, tokenizer.all_special_ids, data)
             num_kept += int(mask.sum())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,14 +45,7 @@ def check_same(config: CacheConfig, folder: Path) -> None:
         raise UserError(
             f"--output-dir {folder} already holds a cache: go on with --resume, or give another folder"
         )
-    try:
-        before = json.loads((folder / MADE).read_text())
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(
-            f"--resume: {folder / MADE} cannot be read ({error}): give another --output-dir"
-        ) from None
-    if not isinstance(before, dict):
-        raise UserError(f"--resume: {folder / MADE} is not what was written: give another --output-dir")
+    before = _read_made(folder)
     for name, value in identity(config).items():
         if before.get(name) != value:
             flag = "--" + name.replace("_", "-")
@@ -60,6 +53,29 @@ def check_same(config: CacheConfig, folder: Path) -> None:
                 f"--resume: {flag} is {value!r}, the cache in {folder} has {short(before.get(name))}: give the "
                 "same, or another --output-dir"
             )
+
+
+def with_saved_rows(config: CacheConfig, folder: Path) -> CacheConfig:
+    """`config` with the rows of a forward that the cache in `folder` has, where it is resumed and says none."""
+    if not config.resume or config.lm.micro_batch_rows is not None or not (folder / MADE).exists():
+        return config
+    lm = _read_made(folder).get("lm")
+    rows = lm.get("micro_batch_rows") if isinstance(lm, dict) else None
+    # Anything else is found by check_same.
+    return replace(config, lm=replace(config.lm, micro_batch_rows=rows)) if type(rows) is int else config
+
+
+def _read_made(folder: Path) -> dict[str, Any]:
+    """What the cache in `folder`, which is resumed, is made with. Raises UserError."""
+    try:
+        made = json.loads((folder / MADE).read_text())
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(
+            f"--resume: {folder / MADE} cannot be read ({error}): give another --output-dir"
+        ) from None
+    if not isinstance(made, dict):
+        raise UserError(f"--resume: {folder / MADE} is not what was written: give another --output-dir")
+    return made
 
 
 def check_disk(config: CacheConfig, num_hookpoints: int, needed: int, shard: int) -> None:

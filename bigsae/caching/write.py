@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers.utils.logging import disable_progress_bar
 
-from bigsae.caching.folder import MADE, check_disk, check_folder, check_same, identity
+from bigsae.caching.folder import MADE, check_disk, check_folder, check_same, identity, with_saved_rows
 from bigsae.caching.options import CacheConfig, check_options
 from bigsae.caching.push import push_cache
 from bigsae.caching.shards import (
@@ -37,6 +37,7 @@ from bigsae.hub.repository import check_repo_id
 from bigsae.lm.activations import Extractor
 from bigsae.lm.hookpoints import locate, resolve_hookpoints
 from bigsae.lm.loading import download_lm, load_lm, meta_model, process_groups, resolve_layout
+from bigsae.lm.micro_batch import activation_elements, with_rows
 from bigsae.parallel import collectives
 from bigsae.parallel.launch import join_launch
 from bigsae.parallel.mesh import Mesh, build_mesh
@@ -71,6 +72,7 @@ def write_activations(config: CacheConfig) -> Path:
         if config.push_to_hub:
             check_repo_id(config.push_to_hub, FLAG)
         check(config.as_run(mesh.num_ranks), mesh.num_ranks)
+        config = with_saved_rows(config, folder)
         if (folder / INDEX).exists():
             check_same(config, folder)
             logger.info("%s is finished: nothing to write", folder)
@@ -99,9 +101,6 @@ class _Writing:
         self.config, self.mesh, self.stop = config, mesh, stop
         self.as_run = config.as_run(mesh.num_ranks)
         self.folder = Path(config.output_dir)
-        self.micro_rows = config.lm.micro_batch_rows
-        self.num_forwards = max(1, config.shard_tokens // (self.micro_rows * config.ctx_len))
-        """Forwards of a shard."""
         self.rows_in_vain = 0
 
     def run(self) -> None:
@@ -113,6 +112,12 @@ class _Writing:
             meta, lm_config = meta_model(config.model, config.lm)
         sites = locate(meta, resolve_hookpoints(config.hookpoints, meta))
         self.widths = {site.name: site.d_in for site in sites}
+        elements, most = activation_elements(meta, sites), config.shard_tokens
+        lm = with_rows(config.lm, config.ctx_len, elements, most, mesh.device.type)
+        self.config = config = replace(config, lm=lm)
+        self.micro_rows = lm.chosen_rows
+        self.num_forwards = max(1, config.shard_tokens // (self.micro_rows * config.ctx_len))
+        """Forwards of a shard."""
         done = self._take_over()
         with errors_shared(mesh):
             if mesh.is_main:  # all ranks write to one file system
@@ -135,7 +140,8 @@ class _Writing:
                 download_lm(config.model, config.lm, meta)
             model = load_lm(config.model, config.lm, meta, layout, mesh.device, sites)
             limit_waits(process_groups(model), config.timeout)
-            logger.info("%d ranks on %s, language model %s", mesh.num_ranks, mesh.device.type, layout)
+            logger.info("%d ranks on %s, language model %s, %d rows of %d tokens a forward", mesh.num_ranks,
+                        mesh.device.type, layout, self.micro_rows, config.ctx_len)  # fmt: skip
             if mesh.is_main:
                 write_json(self.folder / MADE, identity(config))
             self.source = _Source(rows, heldout, text.kept, Extractor(model, sites))

@@ -37,6 +37,7 @@ from bigsae.lm.loading import (
     process_groups,
     resolve_layout,
 )
+from bigsae.lm.micro_batch import activation_elements, with_rows
 from bigsae.parallel.launch import join_launch
 from bigsae.parallel.mesh import Mesh, build_mesh
 from bigsae.parallel.nodes import first_on_node, limit_waits, lost_peers_named
@@ -83,11 +84,14 @@ def _evaluate(config: EvaluateConfig) -> dict[str, Any]:
     limit_waits(process_groups(model), config.timeout)
     for target in targets:
         target.sae.to(mesh.device)
+    # At most an eighth of them, so that the ranks of a node share them.
+    useful, elements = config.rows // 8 * config.ctx_len, activation_elements(meta, sites)
+    config = replace(config, lm=with_rows(config.lm, config.ctx_len, elements, useful, mesh.device.type))
     logger.info(
-        "%d SAEs on %d rows of %d tokens, %d ranks on %s, language model %s",
-        len(targets), len(rows), config.ctx_len, mesh.num_ranks, mesh.device.type, layout,
+        "%d SAEs on %d rows of %d tokens, %d a forward, %d ranks on %s, language model %s",
+        len(targets), len(rows), config.ctx_len, config.lm.chosen_rows, mesh.num_ranks, mesh.device.type, layout,
     )  # fmt: skip
-    batches = deal(rows, keep, config.lm.micro_batch_rows, mesh)
+    batches = deal(rows, keep, config.lm.chosen_rows, mesh)
     measured = measure(Extractor(model, sites), batches, targets, config, mesh)
     results = _about(config, len(rows), int(keep.sum())) | measured
     if mesh.is_main and config.output is not None:

@@ -130,13 +130,13 @@ def shapes_of(config: PlanConfig, facts: LMFacts) -> list[SAEShape]:
 
 def bytes_of(config: PlanConfig, facts: LMFacts, saes: Sequence[SAEShape], mesh: Mesh) -> Bytes:
     """Bytes on each rank; of distributed SAEs on the rank that has most."""
-    micro_batch = config.lm.micro_batch_rows * config.ctx_len
+    micro_batch = config.lm.chosen_rows * config.ctx_len
     on_gpu = config.gpu != "cpu"
     return Bytes(
         lm=facts.local_bytes(config.lm, mesh.shard_size),
         lm_unsharded=facts.unsharded_bytes(config.lm, mesh.shard_size, ahead=on_gpu),
         lm_activations=facts.activation_bytes(config.lm, micro_batch)
-        + facts.logits_bytes(config.lm, config.lm.micro_batch_rows, config.ctx_len),
+        + facts.logits_bytes(config.lm, config.lm.chosen_rows, config.ctx_len),
         buffer=_buffer(config, facts),
         buffer_on_host=on_gpu and config.buffer.device == "cpu",
         saes=tuple(
@@ -160,7 +160,7 @@ def bytes_of(config: PlanConfig, facts: LMFacts, saes: Sequence[SAEShape], mesh:
 
 
 def _buffer(config: PlanConfig, facts: LMFacts) -> int:
-    headroom = config.lm.micro_batch_rows * config.ctx_len
+    headroom = config.lm.chosen_rows * config.ctx_len
     return buffer_bytes(list(facts.widths.values()), config.buffer.tokens, headroom, config.buffer.dtype)
 
 

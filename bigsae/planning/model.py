@@ -14,6 +14,7 @@ from bigsae.lm import loading
 from bigsae.lm.flops import ForwardWork, forward_work, matrices_of
 from bigsae.lm.hookpoints import decoder_layers, locate, resolve_targets
 from bigsae.lm.loading import meta_model
+from bigsae.lm.micro_batch import activation_elements, with_rows
 from bigsae.parallel.memory import DTYPE_BYTES
 from bigsae.planning.options import PlanConfig
 
@@ -51,8 +52,8 @@ class LMFacts:
     """Parameters of the layers that a forward goes through."""
     matmul_widths: float
     """Inputs and outputs of these matrices, elements a token."""
-    widest_layer: float
-    """Outputs of all matrices of one layer, elements a token."""
+    activation_elements: float
+    """What a forward holds of a token (`lm.micro_batch`)."""
     attention_width: int
     """heads x head_dim, over all layers whose attention runs."""
     widths: dict[str, int]
@@ -93,9 +94,7 @@ class LMFacts:
 
     def activation_bytes(self, lm: LMConfig, num_tokens: int) -> int:
         """Of a forward of `num_tokens` tokens, with what it hands over. An estimate."""
-        kept = sum(self.widths.values()) * 2  # as it comes, and what of it is trained on
-        residual = 3 * max(self.widths.values())
-        return int(num_tokens * (self.widest_layer + residual + kept) * DTYPE_BYTES[lm.dtype])
+        return int(num_tokens * self.activation_elements * DTYPE_BYTES[lm.dtype])
 
     def logits_bytes(self, lm: LMConfig, rows: int, ctx_len: int) -> int:
         """Of a forward of the whole model: the clean model's logits and these, and float32 copies of one row."""
@@ -123,9 +122,17 @@ def lm_facts(config: PlanConfig) -> LMFacts:
     kept = loading.cut_config(meta, config.lm, num_needed).get_text_config().num_hidden_layers
     if config.eval.ce:
         kept = meta.config.get_text_config().num_hidden_layers
-    work = forward_work(meta, sites)
-    facts = _facts(meta, kept, num_needed, widths, tuple((a.name, b.name) for a, b in targets), work)
+    names = tuple((a.name, b.name) for a, b in targets)
+    work, elements = forward_work(meta, sites), activation_elements(meta, sites)
+    facts = _facts(meta, kept, num_needed, widths, names, work, elements)
     return replace(facts, logits_width=loading.vocab_size(meta.config)) if config.eval.ce else facts
+
+
+def with_chosen_rows(config: PlanConfig, facts: LMFacts) -> PlanConfig:
+    """`config` with the rows of a forward that its run would choose, where it says none."""
+    device_type = "cpu" if config.gpu == "cpu" else "cuda"
+    elements, refill = facts.activation_elements, config.buffer.tokens // 2
+    return replace(config, lm=with_rows(config.lm, config.ctx_len, elements, refill, device_type))
 
 
 def _facts(
@@ -135,6 +142,7 @@ def _facts(
     widths: dict[str, int],
     targets: tuple[tuple[str, str], ...],
     work: ForwardWork,
+    elements: float,
 ) -> LMFacts:
     path, layers = decoder_layers(meta)
     text = meta.config.get_text_config()
@@ -160,7 +168,7 @@ def _facts(
         matmul_weights=work.matmul_weights,
         layer_elements=sum(_unit(layer.parameters()).num_elements() for layer in used_layers),
         matmul_widths=sum(part * (rows + cols) for part, rows, cols in matrices),
-        widest_layer=max(sum(part * rows for part, rows, _ in layer) for layer in per_layer),
+        activation_elements=elements,
         attention_width=work.attention_width,
         widths=widths,
         targets=targets,

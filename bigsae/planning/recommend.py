@@ -157,7 +157,7 @@ def _options(config: PlanConfig) -> Iterator[_Option]:
         yield "--buffer.tokens", str(tokens), lambda c: replace(c, buffer=replace(c.buffer, tokens=tokens))
     if config.buffer.device != "cpu" and config.gpu != "cpu":
         yield "--buffer.device", "cpu", lambda c: replace(c, buffer=replace(c.buffer, device="cpu"))
-    if config.lm.micro_batch_rows > 1:
+    if config.lm.chosen_rows > 1:
         yield "--lm.micro-batch-rows", "1", lambda c: replace(c, lm=replace(c.lm, micro_batch_rows=1))
     if optim.grad_dtype == "float32" and config.sae.dtype == "float32":
         grads = "bfloat16"

@@ -32,6 +32,7 @@ def as_numbers(config: PlanConfig, facts: LMFacts, plan: Estimate, remedies: lis
             "latent": mesh.num_latent,
             "reason": plan.reason,
         },
+        "micro_batch_rows": config.lm.chosen_rows,
         "bytes_per_rank": _bytes(plan),
         "memory": plan.memory,
         "checkpoint_bytes": plan.checkpoint,
@@ -112,6 +113,7 @@ def _head(config: PlanConfig, numbers: dict[str, Any]) -> list[str]:
         f"{mesh['shard_size']} ranks, SAEs {held}",
         f"recommended: {'--mesh.distribute-saes ' * config.mesh.distribute_saes}{flags}",
         f"because {mesh['reason']}",
+        f"a forward: {_count(numbers['micro_batch_rows'], 'row')} of {config.ctx_len:,} tokens on each rank",
     ]
 
 

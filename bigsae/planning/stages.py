@@ -77,7 +77,7 @@ def lm_stage(config: PlanConfig, facts: LMFacts, mesh: Mesh) -> Stage:
     lm = config.lm
     # Position 0 of each row is computed and not trained on.
     num_tokens = config.batch_size_tokens / mesh.num_ranks * config.ctx_len / (config.ctx_len - 1)
-    micro_batch = lm.micro_batch_rows * config.ctx_len
+    micro_batch = lm.chosen_rows * config.ctx_len
     num_forwards = num_tokens / micro_batch
     sent = num_forwards * facts.gathered_bytes(lm) * (mesh.shard_size - 1) / mesh.shard_size
     nvlink, network = _by_link(sent, mesh.shard_size, min(mesh.shard_size, mesh.num_local))

@@ -10,7 +10,7 @@ from bigsae.checks import resolve_d_sae, resolve_sae
 from bigsae.config import TrainConfig, UserError
 from bigsae.parallel.memory import sae_shape
 from bigsae.planning.estimate import bytes_of
-from bigsae.planning.model import lm_facts
+from bigsae.planning.model import lm_facts, with_chosen_rows
 from bigsae.planning.options import PlanConfig
 from bigsae.planning.stages import Mesh
 from bigsae.reporting.runs import RunFolder
@@ -44,6 +44,7 @@ def memory(run: RunFolder, config: TrainConfig) -> dict[str, Any]:
         facts = lm_facts(plan)
     except UserError as error:
         return {"unknown": str(error)}
+    plan = with_chosen_rows(plan, facts)
     shapes = []
     for variant in variants(config):
         sae = resolve_sae(variant.sae, transcoder=bool(config.sae.output_hookpoint))

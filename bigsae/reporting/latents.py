@@ -18,6 +18,7 @@ from bigsae.lm.activations import Extractor
 from bigsae.lm.hookpoints import locate, resolve_hookpoints
 from bigsae.lm.layout import LMLayout
 from bigsae.lm.loading import load_lm, meta_model
+from bigsae.lm.micro_batch import activation_elements, with_rows
 from bigsae.progress import Progress
 from bigsae.reporting.contexts import Watched, contexts, watch
 from bigsae.reporting.lens import Lens, find_lens, promoted
@@ -90,7 +91,9 @@ def _describe_group(group: Sequence[Shown], options: ReportConfig, table: list[s
     lens = find_lens(model)
     watched = [Watched(s.sae.to(device), s.reads, s.latents) for s in group]
     with Progress("looking for contexts", len(ids), "rows") as progress:
-        batches = ids.split(config.lm.micro_batch_rows)
+        useful = options.num_rows * config.ctx_len
+        lm = with_rows(config.lm, config.ctx_len, activation_elements(meta, sites), useful, device.type)
+        batches = ids.split(lm.chosen_rows)
         acts = watch(watched, Extractor(model, sites), batches, text.kept, progress.reach)
     texts = Texts(text.tokenizer, table)
     for shown, own in zip(group, acts, strict=True):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from bigsae.config import TrainConfig, UserError
@@ -36,12 +37,10 @@ def check_folder(config: TrainConfig) -> None:
         raise UserError(
             f"--output-dir {config.output_dir} already holds a run: go on with --resume, or give another folder"
         )
-    if not checkpoints(Path(config.output_dir) / "checkpoints"):
+    saved = _saved(config)
+    if saved is None:
         return  # it failed before its first checkpoint: this command starts it afresh, perhaps mended
-    try:
-        before, now = flat(to_dict(read_config(written))), flat(to_dict(config))
-    except UserError as error:
-        raise UserError(f"--output-dir: {error}; or give another folder") from None
+    before, now = flat(to_dict(saved)), flat(to_dict(config))
     for name, value in now.items():
         if before[name] != value and name not in _MAY_CHANGE and name.split(".")[0] not in _MAY_CHANGE_UNDER:
             flag = "--" + name.replace("_", "-")
@@ -49,6 +48,26 @@ def check_folder(config: TrainConfig) -> None:
                 f"--resume: {flag} is {value!r}, the run in {config.output_dir} has {before[name]!r}: "
                 f"give the same {flag}, or another --output-dir"
             )
+
+
+def with_saved_rows(config: TrainConfig) -> TrainConfig:
+    """`config` with the rows of a forward that the run has which it resumes, where it says none. Raises UserError."""
+    if config.lm.micro_batch_rows is not None or not config.resume:
+        return config
+    saved = _saved(config)
+    rows = None if saved is None else saved.lm.micro_batch_rows
+    return replace(config, lm=replace(config.lm, micro_batch_rows=rows))
+
+
+def _saved(config: TrainConfig) -> TrainConfig | None:
+    """The configuration of the run in the output folder, if it has a checkpoint. Raises UserError."""
+    written = Path(config.output_dir) / "config.json"
+    if not written.exists() or not checkpoints(Path(config.output_dir) / "checkpoints"):
+        return None
+    try:
+        return read_config(written)
+    except UserError as error:
+        raise UserError(f"--output-dir: {error}; or give another folder") from None
 
 
 def write_config(config: TrainConfig) -> None:

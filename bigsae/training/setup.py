@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from bigsae.lm.loading import (
     process_groups,
     resolve_layout,
 )
+from bigsae.lm.micro_batch import activation_elements, with_rows
 from bigsae.parallel.mesh import Mesh, build_mesh
 from bigsae.parallel.nodes import errors_shared, first_on_node, limit_waits
 from bigsae.training import folder
@@ -77,6 +78,10 @@ def prepare(config: TrainConfig, stop: StopSignal) -> tuple[Run, Callable[[], No
     if not mesh.is_main:
         datasets.disable_progress_bars()
         disable_progress_bar()
+    with errors_shared(mesh):
+        if config.resume and mesh.is_main:
+            take_up_leftovers(Path(config.output_dir) / "checkpoints")
+    config = folder.with_saved_rows(config)
     cache = None
     if config.activations:
         with first_on_node(mesh):
@@ -87,9 +92,6 @@ def prepare(config: TrainConfig, stop: StopSignal) -> tuple[Run, Callable[[], No
     config = with_sweep_read(config)
     made = variants(config)
     check_variants(config, made)
-    with errors_shared(mesh):
-        if config.resume and mesh.is_main:
-            take_up_leftovers(Path(config.output_dir) / "checkpoints")
     folder.check_folder(config)
     with errors_shared(mesh):
         around = _Around(mesh, trackers, open_pusher(config) if mesh.is_main else None, stop)
@@ -101,6 +103,7 @@ def prepare(config: TrainConfig, stop: StopSignal) -> tuple[Run, Callable[[], No
     targets = resolve_targets(config.hookpoints, config.sae.output_hookpoint, meta)
     sites = locate(meta, list({h.name: h for pair in targets for h in pair}.values()))
     widths = {site.name: site.d_in for site in sites}
+    config = _with_rows(config, activation_elements(meta, sites), mesh)
     targets.sort(key=lambda pair: list(widths).index(pair[0].name))  # as the forward meets them
     names = [(read.name, predicted.name) for read, predicted in targets]
     jobs = _checked_jobs(config, names, made, widths, mesh)
@@ -159,6 +162,8 @@ def _prepare_cached(
     wanted = {name for pair in targets for name in pair}
     widths = {name: d_in for name, d_in in found.index.hookpoints.items() if name in wanted}
     mesh = around.mesh
+    # Where the cache does not say how it was made, what is read twice over is all there is.
+    config = _with_rows(config, 2 * sum(widths.values()), mesh)
     jobs = _checked_jobs(config, targets, made, widths, mesh)
     with first_on_node(mesh):
         cache = open_cache(found, tuple(widths))
@@ -166,6 +171,12 @@ def _prepare_cached(
     description = f"activations of {found.name} ({found.index.num_activations:,}, {found.index.dtype})"
     given = _Given(harvest, rows, heldout, found.index.prepend_bos, description, 0, 0.0)
     return _begin(config, given, around, jobs, widths)
+
+
+def _with_rows(config: TrainConfig, num_elements: float, mesh: Mesh) -> TrainConfig:
+    """`config` with the rows of a forward in place of None: no more than a refill, of half of the buffer, takes."""
+    refill = config.buffer.tokens // 2
+    return replace(config, lm=with_rows(config.lm, config.ctx_len, num_elements, refill, mesh.device.type))
 
 
 def _from_scratch(config: TrainConfig) -> bool:
@@ -266,6 +277,8 @@ def _announce(run: Run, given: _Given) -> None:
     mib = [f"{n / 2**20:,.0f} MiB" for n in (given.lm_bytes, sae_bytes, run.harvest.buffer.num_bytes())]
     logger.info("%d ranks on %s, %s, kernels %s", mesh.num_ranks, mesh.device.type, given.description,
                 backend(mesh.device))  # fmt: skip
+    logger.info("%d rows of %d tokens at a time (--lm.micro-batch-rows)", run.harvest.micro_batch_rows,
+                run.harvest.ctx_len)  # fmt: skip
     for job in run.jobs.values():
         where = "" if job.owner is None else f", on rank {job.owner}"
         d_in = run.harvest.buffer.storage[job.reads].shape[1]

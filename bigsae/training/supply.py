@@ -30,7 +30,7 @@ def build_harvest(
     buffer = ActivationBuffer(
         widths,
         capacity=config.buffer.tokens,
-        headroom=config.lm.micro_batch_rows * config.ctx_len,
+        headroom=config.lm.chosen_rows * config.ctx_len,
         dtype=getattr(torch, config.buffer.dtype),
         device=torch.device("cpu") if on_cpu else mesh.device,
         seed=config.seed,
@@ -41,7 +41,7 @@ def build_harvest(
         extract,
         kept,
         buffer,
-        config.lm.micro_batch_rows,
+        config.lm.chosen_rows,
         config.ctx_len,
         config.batch_size_tokens // mesh.num_ranks,
         mesh,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bigsae.config import TrainConfig
 from bigsae.planning.estimate import Estimate
-from bigsae.planning.model import LMFacts, lm_facts
+from bigsae.planning.model import LMFacts, lm_facts, with_chosen_rows
 from bigsae.planning.options import PlanConfig
 from bigsae.planning.recommend import check_plan, recommend
 
@@ -33,4 +33,4 @@ def planned(config: PlanConfig) -> tuple[LMFacts, Estimate]:
     """What the model costs, and the recommended run."""
     check_plan(config)
     facts = lm_facts(config)
-    return facts, recommend(config, facts)
+    return facts, recommend(with_chosen_rows(config, facts), facts)

@@ -17,6 +17,7 @@ from bigsae.config import TrainConfig
 from bigsae.kernels import encode
 from bigsae.lm.loading import local_bytes
 from bigsae.parallel import collectives
+from bigsae.planning.model import lm_facts, with_chosen_rows
 from bigsae.training import loop
 from bigsae.training.checkpoint import checkpoints
 from bigsae.training.saver import Saver
@@ -253,6 +254,32 @@ def test_two_ranks_with_a_sharded_model(config, mesh):
     expected = predicted(config, 2)
     for result in run_ranks(2, measure, config):
         assert_close(expected, result)
+
+
+def rows_of_runs(configs: list[TrainConfig]) -> list[tuple[int | None, int, int]]:
+    """Of each run what its configuration says, the rows of a forward, and the buffer's room for them."""
+    found = []
+    for config in configs:
+        with StopSignal() as stop:
+            run, close = prepare(config, stop)
+            close()
+        rows = run.harvest.micro_batch_rows
+        found.append((run.config.lm.micro_batch_rows, rows, run.harvest.buffer.headroom))
+    return found
+
+
+def test_the_chosen_rows_are_the_plan_s_on_any_mesh(config):
+    config = replace(two_hookpoints(config), lm=bigsae.LMConfig(dtype="float32"))
+    meshes = [
+        replace(config, output_dir=f"{config.output_dir}_{latent}", mesh=bigsae.MeshConfig(latent=latent),
+                lm=replace(config.lm, shard_size=latent))
+        for latent in (1, 2)
+    ]  # fmt: skip
+    plan = plan_of_run(config, 1)
+    assert with_chosen_rows(plan, lm_facts(plan)).lm.micro_batch_rows == 128
+    expected = (128, 128, 2048)
+    assert rows_of_runs([config]) == [expected]
+    assert run_ranks(2, rows_of_runs, meshes) == [[expected, expected]] * 2
 
 
 def test_the_quickstart(home, tmp_path):

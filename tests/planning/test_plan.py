@@ -42,6 +42,7 @@ def home(tmp_path_factory) -> Path:
 def config(home) -> PlanConfig:
     """A dictionary and a model neither of which fits a GPU."""
     return PlanConfig(
+        lm=bigsae.LMConfig(micro_batch_rows=8),
         model=str(home / "llama-70b"),
         hookpoints=("model.layers.40",),
         gpus=64,
@@ -78,6 +79,7 @@ def test_a_plan_to_read(home, run_plan):
         "language model, its shard", "layers gathered", "activations of the forward", "buffer", "SAE weights",
         "SAE moments", "SAE gradients", "SAE working copy", "SAE slab", "checkpoint on disk", "LM forward",
         "SAE encode", "SAE decode", "SAE gradients", "SAE optimiser", "NVLink", "network", "tokens/s", "hours for",
+        "a forward: 8 rows of 1,024 tokens",
         "recommended: --lm.shard-size", "--mesh.latent 8", "because latent 8", "assumed:", "verdict: fits",
     ):  # fmt: skip
         assert word in out, word
@@ -105,6 +107,7 @@ def test_as_json_from_a_shell(home):
     plan = json.loads(result.stdout)
     assert plan["fits"] is True
     assert plan["saes"] == [[32, 4096, 32]]
+    assert plan["micro_batch_rows"] == 8  # as chosen for ctx-len 1024
     assert plan["tokens_per_second"] == pytest.approx(4096 / plan["seconds_per_step"])
     assert plan["seconds_per_step"] == pytest.approx(sum(s["seconds_per_step"] for s in plan["stages"]))
     assert plan["hours"] == pytest.approx(1e9 / plan["tokens_per_second"] / 3600)

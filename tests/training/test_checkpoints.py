@@ -10,6 +10,7 @@ import subprocess
 import threading
 import zipfile
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import torch
 
 import bigsae
 from bigsae.config import UserError
+from bigsae.configfile import read_config
 from bigsae.parallel.mesh import alone
 from bigsae.training import checkpoint
 from bigsae.training.checkpoint import NotSaved, checkpoints, newest_whole
@@ -118,6 +120,26 @@ def test_one_that_a_kill_left_between_its_names_is_taken_up(home, tmp_path, capl
     assert f"resumed {folder / 'step_12'} at step 12" in caplog.text
     assert_as_straight(home, tmp_path / "run")
     assert not list(folder.glob(".*"))
+
+
+def test_a_resume_takes_the_rows_of_a_forward_that_the_run_had(home, tmp_path):
+    """Not those that would be chosen, 8; others that are asked for are refused."""
+    config = cut(home, tmp_path / "run", last=12)
+    with pytest.raises(UserError, match=r"--lm\.micro-batch-rows is 4, the run in .* has 2"):
+        bigsae.train_saes(replace(config, lm=replace(config.lm, micro_batch_rows=4)))
+    bigsae.train_saes(replace(config, lm=replace(config.lm, micro_batch_rows=None)))
+    assert_as_straight(home, tmp_path / "run")
+    assert read_config(tmp_path / "run/config.json").lm.micro_batch_rows == 2
+
+
+def test_the_chosen_rows_are_kept_and_told(home, tmp_path, caplog):
+    caplog.set_level("INFO")
+    config = config_of(home, tmp_path / "run", tokens=64, lm=bigsae.LMConfig(dtype="float32"))
+    bigsae.train_saes(config)
+    assert (
+        read_config(tmp_path / "run/config.json").lm.micro_batch_rows == 8
+    )  # half of the buffer, 128 tokens
+    assert caplog.text.count("8 rows of 16 tokens at a time") == 1
 
 
 def compressed(path: Path, folder: Path) -> None:
