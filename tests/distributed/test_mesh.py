@@ -16,8 +16,6 @@ from tests.distributed.states import assert_same, described
 from tests.distributed.test_fit import BATCH, DEAD, FAR, make_batches, transcoder_batches
 from tests.distributed.test_fit import OPTIM as OPTIM_OF_FIT
 
-# Two resamplings of the gated one's, one of the standard's, and dead latents since long.
-STEPS = 12
 Case = tuple[SAEConfig, OptimConfig, bool]
 # Where the terms of a gradient cancel to about its eps, Adam makes whole steps of rounding, and each mesh rounds
 # differently: 1 weight in 9,216 was off by 4e-6 at eps 1e-8. So too would thresholds at their own, much larger rate.
@@ -72,7 +70,7 @@ def train(case: Case, mesh: MeshConfig | None, rounded: bool = False) -> dict:
     batches = transcoder_batches() if transcoder else make_batches()
     if rounded:
         batches = bf16(make_batches())
-    return described(fit_trainer(batches[:STEPS], sae, optim, seed=0, num_steps=None, mesh=mesh))
+    return described(fit_trainer(batches, sae, optim, seed=0, num_steps=None, mesh=mesh))
 
 
 def train_all(mesh: MeshConfig | None) -> dict[str, dict]:
