@@ -55,7 +55,7 @@ class LMConfig:
     micro_batch_rows: int | None = None
     """Token rows (of ctx-len) in one forward, on each rank. Decides results to rounding, so it is never tuned by
     timing. Default: from shapes alone, the largest power of two with at most 8,192 tokens (on a CPU 2,048), 2 GiB of
-    activations, and half of --buffer.tokens; a resume keeps the run's."""
+    activations, and what is wanted of forwards at a time (training: half of --buffer.tokens); resumes keep theirs."""
     revision: str | None = None
     """Branch, tag or commit of the model on the Hub."""
     trust_remote_code: bool = False

@@ -71,8 +71,8 @@ def write_activations(config: CacheConfig) -> Path:
         check_options(config)
         if config.push_to_hub:
             check_repo_id(config.push_to_hub, FLAG)
-        check(config.as_run(mesh.num_ranks), mesh.num_ranks)
         config = with_saved_rows(config, folder)
+        check(config.as_run(mesh.num_ranks), mesh.num_ranks)
         if (folder / INDEX).exists():
             check_same(config, folder)
             logger.info("%s is finished: nothing to write", folder)

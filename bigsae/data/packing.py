@@ -168,6 +168,7 @@ class Packer:
         """Rows that are full once `tokens` [n], which begin at `cursor`, are added."""
         num_carried, num_packed = len(self.carry), self.layout.num_packed
         stream = np.concatenate([self.carry, tokens])
+        del tokens  # this generator waits for its turns
         used = 0
         while len(stream) - used >= num_packed:
             row = stream[used : used + num_packed]

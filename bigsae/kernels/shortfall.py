@@ -77,6 +77,6 @@ def shortfall(
 
     Returns:
         The sum in the dtype of threshold. Gradients come in the dtypes of their inputs, those of the matrices in their
-        `gradient_dtype`, or are added at once (`add_in_place`).
+        `gradient_dtype`, or are made in, or added to, their `grad` at once (`add_in_place`).
     """
     return _Shortfall.apply(x, W_enc, b_enc, threshold, W_dec, dead)  # pyright: ignore[reportReturnType]

@@ -1,7 +1,7 @@
 """How many token rows go through the language model at a time, where --lm.micro-batch-rows does not say it.
 
 Pure arithmetic on shapes. Nothing is timed and no memory is asked for: a matmul's bits depend on its number of rows, so
-the same command must get the same number on every machine, on any number of ranks and any mesh.
+the same command must get the same number on every machine of a kind (CPU or GPU), any number of ranks and any mesh.
 """
 
 from __future__ import annotations

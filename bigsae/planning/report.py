@@ -76,7 +76,7 @@ def _stage(stage: Stage, config: PlanConfig, plan: Estimate) -> dict[str, Any]:
     return {
         "name": stage.name,
         "flops_per_token": stage.flops * per_token,
-        "bytes_per_token": stage.moved * per_token,
+        "bytes_per_token": (stage.moved + stage.gathered) * per_token,
         "nvlink_bytes_per_step": stage.nvlink,
         "network_bytes_per_step": stage.network,
         "seconds_per_step": stage.seconds(gpu),

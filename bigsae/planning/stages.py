@@ -50,6 +50,8 @@ class Stage:
     """Bytes of single rows, read where a token's latents or a latent's tokens lie."""
     selected: float = 0.0
     """Pre-activations that a selection looks through."""
+    allocated: float = 0.0
+    """Bytes of large tensors that are made in each step and given back."""
     nvlink: float = 0.0
     """Bytes sent to ranks of its node."""
     network: float = 0.0
@@ -62,9 +64,10 @@ class Stage:
         )
 
     def seconds(self, gpu: GPU) -> float:
-        """How long it takes: as long as the slowest resource, and a selection that is not bound by memory after it."""
+        """How long it takes: as long as the slowest resource; on a CPU selection and fresh memory come on top of it."""
         selecting = self.selected / gpu.select if gpu.select else 0.0
-        return max(self.busy(gpu).values()) + selecting
+        mapping = self.allocated / gpu.fresh if gpu.fresh else 0.0
+        return max(self.busy(gpu).values()) + selecting + mapping
 
     def bound(self, gpu: GPU) -> Resource:
         """Which resource that is."""
@@ -123,6 +126,7 @@ def _sum(a: Stage, b: Stage) -> Stage:
         a.moved + b.moved,
         a.gathered + b.gathered,
         a.selected + b.selected,
+        a.allocated + b.allocated,
         a.nvlink + b.nvlink,
         a.network + b.network,
     )
@@ -188,7 +192,9 @@ def _gradients(name: str, shape: SAEShape, batch: int, own: int, pairs: float) -
     rows = pairs * (shape.weight_bytes * (shape.d_out + through_encoder) + 4 * (shape.d_in + shape.d_out))
     written = own * (shape.d_in + shape.d_out) * shape.grad_bytes
     moved = written + 8 * batch * shape.d_out
-    return Stage(name, "float32", flops=gradient_flops(shape, pairs), moved=moved, gathered=rows)
+    return Stage(
+        name, "float32", flops=gradient_flops(shape, pairs), moved=moved, gathered=rows, allocated=written
+    )
 
 
 def _optimiser(shape: SAEShape, own: int, updates: float) -> Stage:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -92,7 +92,9 @@ def _describe_group(group: Sequence[Shown], options: ReportConfig, table: list[s
     watched = [Watched(s.sae.to(device), s.reads, s.latents) for s in group]
     with Progress("looking for contexts", len(ids), "rows") as progress:
         useful = options.num_rows * config.ctx_len
-        lm = with_rows(config.lm, config.ctx_len, activation_elements(meta, sites), useful, device.type)
+        # For this device, which need not be of the kind that the run had.
+        lm = replace(config.lm, micro_batch_rows=None)
+        lm = with_rows(lm, config.ctx_len, activation_elements(meta, sites), useful, device.type)
         batches = ids.split(lm.chosen_rows)
         acts = watch(watched, Extractor(model, sites), batches, text.kept, progress.reach)
     texts = Texts(text.tokenizer, table)

@@ -1,7 +1,8 @@
 """How a step's time and memory grow with each size, beside what the cost model of bigsae.plan says.
 
 The model counts operations and bytes; here it gets the rates of this device as measured in the same run, at the base
-shape: of the encoder's matmul, of a pass over memory, and on a CPU of gathered rows and of a selection.
+shape: of the encoder's matmul, of a pass over memory, and on a CPU of gathered rows, of a selection, and of memory that
+is mapped anew.
 Nothing is fitted to a step's time, or to the other shapes.
 """
 
@@ -109,7 +110,8 @@ def run(arguments: argparse.Namespace) -> None:
 def calibrate(device: torch.device) -> dict[str, float]:
     """What this device does in a second: operations of the base shape's encoder, and bytes of a pass over memory.
 
-    On a CPU also bytes of gathered rows, and pre-activations that a selection looks through in the cache.
+    On a CPU also bytes of gathered rows and of fresh memory, pre-activations that a selection looks through, and
+    operations of the matmul where latents are too many for parts of it to stay in the cache.
     """
     from bigsae.kernels.topk import select_topk
 
@@ -131,6 +133,9 @@ def calibrate(device: torch.device) -> dict[str, float]:
             lambda: [select_topk(part, base.k) for _ in range(looks)],
         )
         work["gathered_bytes"] = _gathering(base, x, W_enc)
+        work["fresh_bytes"] = (W_enc.nbytes, lambda: torch.empty_like(W_enc).fill_(1.0))
+        slab = torch.empty(base.batch, base.d_sae)
+        work["slab_flops"] = (work["flops"][0], lambda: torch.addmm(bias, x, W_enc.T, out=slab))
     return {name: amount / percentile(times(f, device), 50) for name, (amount, f) in work.items()}
 
 
@@ -143,9 +148,8 @@ def _multiply(x: Tensor, W_enc: Tensor, bias: Tensor) -> None:
 
 
 def _gathering(base: Point, x: Tensor, weight: Tensor) -> tuple[float, Callable[[], Any]]:
-    """What a step's decode, and the gradients of its selected pairs, read of rows; and a function that does it."""
+    """Bytes of the rows that a step's decode reads, forward and for the activations' gradient; what does it."""
     from bigsae.kernels.decode import gather_dot, gather_sum
-    from bigsae.kernels.sparse_grad import LatentMajor
 
     indices = torch.stack([torch.randperm(base.d_sae)[: base.k] for _ in range(base.batch)])
     coefficients = torch.rand(indices.shape)
@@ -153,10 +157,8 @@ def _gathering(base: Point, x: Tensor, weight: Tensor) -> tuple[float, Callable[
     def gather() -> None:
         gather_sum(coefficients, indices, weight, dtype=x.dtype)
         gather_dot(x, weight, indices, dtype=x.dtype)
-        LatentMajor(indices, base.d_sae).rows(coefficients, x)
 
-    # As the model counts them: a row for each pair and call.
-    return 3 * indices.numel() * x.shape[1] * x.element_size(), gather
+    return 2 * indices.numel() * x.shape[1] * x.element_size(), gather
 
 
 def times(
@@ -202,18 +204,21 @@ def model(point: Point, arch: str, rates: dict[str, float], mesh: Any = None) ->
     sparsity: dict[str, Any] = {"target_l0": float(point.k)} if arch == "jumprelu" else {"k": point.k}
     config = resolve_sae(SAEConfig(architecture=arch, d_sae=point.d_sae, **sparsity))  # pyright: ignore[reportArgumentType]
     shape = sae_shape(config, OptimConfig(), point.d_in, point.d_sae)
-    part = cached_rows(point.d_sae, 4, point.batch)
-    if part and rates.get(
-        "selected"
-    ):  # on a CPU pre-activations are made in parts of the cache, not in a slab
-        shape = replace(shape, slab_mb=max(1, part * point.d_sae * 4 // 2**20))
+    mesh = mesh or Mesh(1, 1, 1, 1)
+    own = point.d_sae // mesh.num_latent
+    part = cached_rows(own, 4, point.batch)
+    # On a CPU pre-activations are made in parts of the cache, not in a slab.
+    if part and rates.get("selected"):
+        shape = replace(shape, slab_mb=max(1, part * own * 4 // 2**20))
     # The plan takes a part of a maker's figures; here the rates are those that were reached.
-    compute, memory = rates["flops"] / gpus.MATMUL_EFFICIENCY, rates["bytes"] / gpus.MEMORY_EFFICIENCY
+    flops = rates["flops"] if part or "slab_flops" not in rates else rates["slab_flops"]
+    compute, memory = flops / gpus.MATMUL_EFFICIENCY, rates["bytes"] / gpus.MEMORY_EFFICIENCY
     gather = rates["gathered_bytes"] / gpus.MEMORY_EFFICIENCY if "gathered_bytes" in rates else None
     link = rates.get("link", 1.0) / gpus.LINK_EFFICIENCY
-    device = gpus.GPU(None, compute, compute, memory, link, link, gather, rates.get("selected"))
+    device = gpus.GPU(
+        None, compute, compute, memory, link, link, gather, rates.get("selected"), rates.get("fresh_bytes")
+    )
     plan = PlanConfig("", (), batch_size_tokens=point.batch)
-    mesh = mesh or Mesh(1, 1, 1, 1)
     stages = sae_stages(plan, [shape], mesh, with_auxk=False)
     taken = sae_bytes(shape, mesh.num_latent, mesh.num_data, point.batch, first_tokens=point.batch)
     return {

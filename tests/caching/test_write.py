@@ -196,6 +196,12 @@ def test_mistakes(home, tmp_path, monkeypatch, capsys):
     with pytest.raises(UserError, match=r"--lm\.kwargs sets 'token'"):
         bigsae.write_activations(replace(config, output_dir=str(tmp_path / "s"), tokens=100, lm=secret))
     assert not (tmp_path / "s").exists()
+    damaged = tmp_path / "damaged"
+    damaged.mkdir()
+    (damaged / cache_folder.MADE).write_text('{"lm": {"micro_batch_rows": 0}}')
+    unsaid = replace(config.lm, micro_batch_rows=None)
+    with pytest.raises(UserError, match=r"--lm\.micro-batch-rows 0"):
+        bigsae.write_activations(replace(config, output_dir=str(damaged), resume=True, lm=unsaid))
     assert "is missing" not in refused(monkeypatch, capsys, "--verify", str(home / "nowhere"))
     shard = home / "cache" / "activations" / HOOKPOINTS[2] / "00001-0000.safetensors"
     data = bytearray(shard.read_bytes())

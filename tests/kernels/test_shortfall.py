@@ -59,6 +59,10 @@ def test_it_adds_to_a_gradient_in_place(device):
     sums = {}
     for i in (1, 4):
         add_in_place(tensors[i])
+        tensors[i].grad = None
+    shortfall.shortfall(*tensors, dead).backward()
+    for i in (1, 4):
+        assert torch.equal(tensors[i].grad, alone[i])
         sums[i] = tensors[i].grad = torch.ones_like(tensors[i])
     shortfall.shortfall(*tensors, dead).backward()
     for i, total in sums.items():

@@ -110,6 +110,9 @@ def test_as_json_from_a_shell(home):
     assert plan["micro_batch_rows"] == 8  # as chosen for ctx-len 1024
     assert plan["tokens_per_second"] == pytest.approx(4096 / plan["seconds_per_step"])
     assert plan["seconds_per_step"] == pytest.approx(sum(s["seconds_per_step"] for s in plan["stages"]))
+    # Of each of a token's 32 latents a row of W_dec, and what is written of the token.
+    decode = next(stage for stage in plan["stages"] if stage["name"] == "SAE decode")
+    assert decode["bytes_per_token"] == 32 * 32 * 4 + 4 * 32
     assert plan["hours"] == pytest.approx(1e9 / plan["tokens_per_second"] / 3600)
 
 
