@@ -50,7 +50,7 @@ GPUS = {
     "h200": GPU(141, PEAKS["h200"].bf16, PEAKS["h200"].fp32, 4.8e12, 450e9, 50e9),
     "a100": GPU(80, PEAKS["a100"].bf16, PEAKS["a100"].fp32, 2.0e12, 300e9, 25e9),
     "b200": GPU(180, PEAKS["b200"].bf16, PEAKS["b200"].fp32, 7.7e12, 900e9, 50e9),
-    "cpu": GPU(None, 0.1e12, 0.1e12, 10e9, 5e9, 1e9, gather=8e9, select=0.25e9, fresh=2e9),
+    "cpu": GPU(None, 0.1e12, 0.1e12, 10e9, 5e9, 1e9, gather=7e9, select=0.25e9, fresh=7e9),
 }
 
 
