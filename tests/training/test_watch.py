@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import time
 from dataclasses import replace
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 import bigsae
 from bigsae.config import UserError
@@ -207,6 +209,28 @@ def test_a_hang_shows_where(capfd):
     assert "Timeout" in shown and "test_a_hang_shows_where" in shown
     time.sleep(0.5)
     assert not capfd.readouterr().err  # outside nobody watches
+
+
+def a_rank_that_hangs() -> None:
+    time.sleep(2)
+
+
+def hang(folder: Path) -> str:
+    """Rank 0 hangs and rank 1 waits for it. Returns what this rank has written to its stderr."""
+    shown = folder / f"{dist.get_rank()}.err"
+    with shown.open("w") as file:
+        os.dup2(file.fileno(), 2)
+    with Heartbeat(timeout=0.5 / 60 / 0.9).watching():
+        if dist.get_rank() == 0:
+            a_rank_that_hangs()
+        dist.barrier()
+    return shown.read_text()
+
+
+def test_a_hang_shows_every_rank(tmp_path):
+    hanging, waiting = run_ranks(2, hang, tmp_path)
+    assert "Timeout" in hanging and "a_rank_that_hangs" in hanging
+    assert "Timeout" in waiting and "barrier" in waiting and "a_rank_that_hangs" not in waiting
 
 
 def test_hours_that_are_up_stop_the_run_as_a_signal_does(home, tmp_path, monkeypatch):
