@@ -44,7 +44,10 @@ def test_killed_caches_of_a_real_model_train_the_same_sae(quickstart_run, tmp_pa
     bigsae.open_activations(tmp_path / "cache").verify()
 
     train = (*TWO_RANKS[:-1], "bigsae.train")
-    fly = flags(**model, **options, lm__shard_size=2, data__heldout_documents=8, eval__rows=8)
+    # The small buffer would have 2 rows in a forward, where the cache had 8.
+    fly = flags(
+        **model, **options, lm__shard_size=2, lm__micro_batch_rows=8, data__heldout_documents=8, eval__rows=8
+    )
     code, output = run(train, fly)
     assert code == 0, output
     cached = options | {"output_dir": tmp_path / "cached", "activations": tmp_path / "cache"}
