@@ -47,10 +47,10 @@ def default_slab_rows(d_sae: int, x: Tensor) -> int:
     return max(1, _SLAB_BYTES // (d_sae * x.element_size()))
 
 
-def cached_rows(d_sae: int, element_size: int, batch: int) -> int:
+def cached_rows(d_sae: int, element_size: int, batch: int, slab_rows: int) -> int:
     """Rows of [batch, d_sae] that are multiplied at a time where oneDNN does it; 0 where there would be too few."""
-    rows = min(_CACHED_BYTES // (d_sae * element_size), batch)
-    return rows if rows >= min(_LEAST_ROWS, batch) else 0
+    rows = min(_CACHED_BYTES // (d_sae * element_size), slab_rows)
+    return rows if rows >= min(_LEAST_ROWS, batch) > 0 else 0
 
 
 def _has_onednn(x: Tensor) -> bool:
@@ -70,8 +70,8 @@ def pre_acts_by_slab(
         slab_rows = default_slab_rows(d_sae, x)
     slab_rows = min(slab_rows, max(batch, 1))
     W_enc, b_enc = W_enc.to(x.dtype), b_enc.to(x.dtype)
-    part = cached_rows(d_sae, x.element_size(), slab_rows)
-    if _has_onednn(x) and part >= min(_LEAST_ROWS, batch) > 0:
+    part = cached_rows(d_sae, x.element_size(), batch, slab_rows)
+    if part and _has_onednn(x):
         for start in range(0, batch, part):
             chunk = x[start : start + part].contiguous()
             yield start, torch.ops.mkldnn._linear_pointwise(chunk, W_enc, b_enc, "none", [], "")

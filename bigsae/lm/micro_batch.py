@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from transformers import PreTrainedModel
 
-from bigsae.config import LMConfig
+from bigsae.config import BufferConfig, LMConfig
 from bigsae.lm.flops import matrices_of
 from bigsae.lm.hookpoints import Site, decoder_layers, num_layers_needed
 from bigsae.parallel.memory import DTYPE_BYTES
@@ -35,6 +35,11 @@ def choose_rows(ctx_len: int, bytes_per_token: float, useful_tokens: int, device
     most = _MOST_TOKENS_ON_CPU if device_type == "cpu" else _MOST_TOKENS
     num_tokens = min(most, useful_tokens, int(_BUDGET // bytes_per_token))
     return 1 << max(num_tokens // ctx_len, 1).bit_length() - 1
+
+
+def refill_tokens(buffer: BufferConfig) -> int:
+    """What a refill of `buffer` takes at most: it begins when half of it is used."""
+    return buffer.tokens // 2
 
 
 def with_rows(

@@ -14,7 +14,7 @@ from bigsae.lm import loading
 from bigsae.lm.flops import ForwardWork, forward_work, matrices_of
 from bigsae.lm.hookpoints import decoder_layers, locate, resolve_targets
 from bigsae.lm.loading import meta_model
-from bigsae.lm.micro_batch import activation_elements, with_rows
+from bigsae.lm.micro_batch import activation_elements, refill_tokens, with_rows
 from bigsae.parallel.memory import DTYPE_BYTES
 from bigsae.planning.options import PlanConfig
 
@@ -131,7 +131,7 @@ def lm_facts(config: PlanConfig) -> LMFacts:
 def with_chosen_rows(config: PlanConfig, facts: LMFacts) -> PlanConfig:
     """`config` with the rows of a forward that its run would choose, where it says none."""
     device_type = "cpu" if config.gpu == "cpu" else "cuda"
-    elements, refill = facts.activation_elements, config.buffer.tokens // 2
+    elements, refill = facts.activation_elements, refill_tokens(config.buffer)
     return replace(config, lm=with_rows(config.lm, config.ctx_len, elements, refill, device_type))
 
 

@@ -31,7 +31,7 @@ from bigsae.lm.loading import (
     process_groups,
     resolve_layout,
 )
-from bigsae.lm.micro_batch import activation_elements, with_rows
+from bigsae.lm.micro_batch import activation_elements, refill_tokens, with_rows
 from bigsae.parallel.mesh import Mesh, build_mesh
 from bigsae.parallel.nodes import errors_shared, first_on_node, limit_waits
 from bigsae.training import folder
@@ -175,7 +175,7 @@ def _prepare_cached(
 
 def _with_rows(config: TrainConfig, num_elements: float, mesh: Mesh) -> TrainConfig:
     """`config` with the rows of a forward in place of None: no more than a refill, of half of the buffer, takes."""
-    refill = config.buffer.tokens // 2
+    refill = refill_tokens(config.buffer)
     return replace(config, lm=with_rows(config.lm, config.ctx_len, num_elements, refill, mesh.device.type))
 
 

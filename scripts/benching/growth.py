@@ -206,7 +206,7 @@ def model(point: Point, arch: str, rates: dict[str, float], mesh: Any = None) ->
     shape = sae_shape(config, OptimConfig(), point.d_in, point.d_sae)
     mesh = mesh or Mesh(1, 1, 1, 1)
     own = point.d_sae // mesh.num_latent
-    part = cached_rows(own, 4, point.batch)
+    part = cached_rows(own, 4, point.batch, point.batch)
     # On a CPU pre-activations are made in parts of the cache, not in a slab.
     if part and rates.get("selected"):
         shape = replace(shape, slab_mb=max(1, part * own * 4 // 2**20))

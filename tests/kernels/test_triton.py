@@ -94,6 +94,10 @@ def test_latent_rows(triton_device, batch, d_in, d_sae, k, chunk, dtype):
         expected = reference.latent_rows(coefficients.double(), top_indices, dense.double(), d_sae)
         assert expected.abs().max() <= 256
         assert torch.equal(latent_rows(pattern, coefficients, dense, dtype, chunk=chunk), expected.to(dtype))
+        total = _small_integers(d_sae, d_in).to(triton_device, dtype)
+        sums = (total.double() + expected).to(dtype)
+        assert latent_rows(pattern, coefficients, dense, dtype, add_to=total, chunk=chunk) is total
+        assert torch.equal(total, sums)
 
 
 def test_latent_rows_have_a_fixed_order(triton_device):
