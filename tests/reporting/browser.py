@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import re
 import shutil
 import subprocess
 import time
@@ -53,8 +54,9 @@ class Browser:
     def _port(self) -> int:
         for _ in range(300):
             self._log.seek(0)
-            if "on port " in (said := self._log.read()):
-                return int(said.rpartition("on port ")[2].split()[0].rstrip("."))
+            # Its first line names the port that was asked for, 0.
+            if listens := re.search(r"started successfully on port (\d+)", self._log.read()):
+                return int(listens[1])
             time.sleep(0.1)
         raise TimeoutError("chromedriver does not say on which port it listens")
 
