@@ -4,13 +4,13 @@ A lower bound of the smallest that is kept is guessed, only pre-activations abov
 largest of all ranks are selected. Where the guess was too high, a lower one is tried: the result does not depend on it.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bigsae.kernels.encode import check_encoder, pre_acts_by_slab
+from bigsae.kernels.encode import Selection, check_encoder, pre_acts_by_slab
 from bigsae.kernels.encode_above import attach, compact_above
 from bigsae.kernels.global_topk import Ranks, select_global
 from bigsae.kernels.pairs import RaggedPairs
@@ -54,7 +54,13 @@ def _join(parts: list[tuple[Tensor, Tensor, Tensor]], d_sae: int) -> tuple[Tenso
 
 
 def _find_candidates(
-    x: Tensor, W_enc: Tensor, b_enc: Tensor, bound: Tensor, num_keep: int, slab_rows: int | None
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor,
+    bound: Tensor,
+    num_keep: int,
+    slab_rows: int | None,
+    selections: Sequence[Selection],
 ) -> tuple[Tensor, RaggedPairs]:
     """As `find_above`, but of more than num_keep pairs it may leave out what the num_keep first of them precede.
 
@@ -63,6 +69,8 @@ def _find_candidates(
     d_sae = W_enc.shape[0]
     bound = bound.expand(d_sae).contiguous()
     no_pairs, no_counts = torch.empty(2, 0, dtype=torch.int64, device=x.device)
+    for selection in selections:
+        selection.begin(x)
     parts, num_held = [(x.new_empty(0), no_pairs, no_counts)], 0
     for _, pre_acts in pre_acts_by_slab(x, W_enc, b_enc, slab_rows):
         if num_held > 4 * num_keep:
@@ -70,6 +78,8 @@ def _find_candidates(
             keep, _ = select_global(values, pairs.latents, num_keep, d_sae, Ranks())
             pairs = pairs.select(keep)
             parts, num_held = [(values[keep], pairs.latents, pairs.crow.diff())], num_keep
+        for selection in selections:
+            selection.take(pre_acts)
         parts.append(compact_above(pre_acts, bound))
         num_held += parts[-1][0].numel()
     return _join(parts, d_sae)
@@ -85,9 +95,11 @@ def _select(
     ranks: Ranks,
     first: int,
     slab_rows: int | None,
+    selections: Sequence[Selection],
 ) -> tuple[Tensor, RaggedPairs, Tensor]:
     for bound in _bounds(x, W_enc, b_enc, num_keep, guess, ranks):
-        values, pairs = _find_candidates(x, W_enc, b_enc, bound, num_keep, slab_rows)
+        values, pairs = _find_candidates(x, W_enc, b_enc, bound, num_keep, slab_rows, selections)
+        selections = ()  # filled
         num_found = int(ranks.sum_(torch.tensor([values.numel()], device=x.device)))
         if num_found >= num_keep or float(bound) == 0:
             break
@@ -107,6 +119,7 @@ def batchtopk_encode(
     *,
     first: int = 0,
     slab_rows: int | None = None,
+    selections: Sequence[Selection] = (),
 ) -> tuple[Tensor, RaggedPairs, Tensor]:
     """The num_keep largest positive x @ W_enc.T + b_enc of all ranks' tokens, differentiable (once).
 
@@ -123,6 +136,7 @@ def batchtopk_encode(
         ranks: who selects together.
         first: number of this rank's first latent among all latents, where it holds a part of them.
         slab_rows: rows of the slab; by default as many as fit in 256 MB.
+        selections: filled from the same pre-activations, as by `select`.
 
     Returns:
         acts [num_pairs] in the dtype of x, the pairs of this rank that are kept, and the smallest value that any rank
@@ -132,5 +146,5 @@ def batchtopk_encode(
         ValueError: if the shapes do not fit.
     """
     check_encoder(x, W_enc, b_enc)
-    values, pairs, smallest = _select(x, W_enc, b_enc, num_keep, guess, ranks, first, slab_rows)
+    values, pairs, smallest = _select(x, W_enc, b_enc, num_keep, guess, ranks, first, slab_rows, selections)
     return attach(values, pairs, x, W_enc, b_enc), pairs, smallest

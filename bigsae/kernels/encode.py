@@ -5,7 +5,7 @@ batch * d_sae, and the backward touches only the selected latents.
 """
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 
 from bigsae.kernels.decode import gather_sum
 from bigsae.kernels.dispatch import backend
-from bigsae.kernels.sparse_grad import LatentMajor, weight_gradient
+from bigsae.kernels.sparse_grad import LatentMajor, take_rows, weight_gradient
 from bigsae.kernels.topk import select_topk
 
 _SLAB_BYTES = 256 * 2**20
@@ -66,6 +66,8 @@ def pre_acts_by_slab(
     A slab is overwritten by the next: take from it what is needed before going on.
     """
     batch, d_sae = x.shape[0], W_enc.shape[0]
+    if slab_rows is not None and slab_rows < 1:
+        raise ValueError(f"slab_rows must be at least 1, got {slab_rows}")
     if slab_rows is None:
         slab_rows = default_slab_rows(d_sae, x)
     slab_rows = min(slab_rows, max(batch, 1))
@@ -82,88 +84,127 @@ def pre_acts_by_slab(
         yield start, torch.addmm(b_enc, chunk, W_enc.T, out=slab[: chunk.shape[0]])
 
 
-def select_pre_acts(
-    x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, mask: Tensor | None, slab_rows: int | None
-) -> tuple[Tensor, Tensor]:
-    """The k best pre-activations [batch, k] and their indices; masked latents come last, as -inf. No autograd."""
-    if mask is not None and backend(x.device) == "torch":
-        return _select_compact(x, W_enc, b_enc, k, mask, slab_rows)
-    return _select_of_all(x, W_enc, b_enc, k, mask, slab_rows)
+class Selection:
+    """The k largest pre-activations of each token, taken from one slab after the other.
 
+    Several selections take from the same slabs: AuxK's dead latents cost no second matmul.
 
-def _select_of_all(
-    x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, mask: Tensor | None, slab_rows: int | None
-) -> tuple[Tensor, Tensor]:
-    top_values = x.new_empty(x.shape[0], k)
-    top_indices = torch.empty(x.shape[0], k, dtype=torch.int64, device=x.device)
-    for start, pre_acts in pre_acts_by_slab(x, W_enc, b_enc, slab_rows):
-        stop = start + pre_acts.shape[0]
-        top_values[start:stop], top_indices[start:stop] = select_topk(pre_acts, k, mask)
-    return top_values, top_indices
-
-
-def _select_compact(
-    x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, mask: Tensor, slab_rows: int | None
-) -> tuple[Tensor, Tensor]:
-    """As `_select_of_all`, from the rows of W_enc that the mask leaves: the same result for less work.
-
-    `nonzero` asks for the number of rows, which on a GPU would be a host synchronisation; on CPU it is free.
+    Attributes:
+        values: [batch, k], -inf where fewer than k latents may be selected.
+        indices: [batch, k] int64, numbers of `among`.
+        among: [n] int64, the latents that may be selected and, where these are fewer than k, others up to k; None where
+            `indices` are the latents themselves.
+        off: [batch, k] bool, where a latent that may not be selected stands; None where there is none.
     """
-    alive = mask.nonzero().squeeze(1)
-    k_alive = min(k, alive.numel())
-    top_values = x.new_full((x.shape[0], k), float("-inf"))
-    top_indices = torch.empty(x.shape[0], k, dtype=torch.int64, device=x.device)
-    if k_alive > 0:
-        values, indices = _select_of_all(x, W_enc[alive], b_enc[alive], k_alive, None, slab_rows)
-        top_values[:, :k_alive], top_indices[:, :k_alive] = values, alive[indices]
-    # As in a selection over all latents: ties at -inf go to the lowest index.
-    top_indices[:, k_alive:] = (~mask).nonzero().squeeze(1)[: k - k_alive]
-    return top_values, top_indices
+
+    def __init__(self, k: int, mask: Tensor | None = None, ordered: bool = True) -> None:
+        """`mask` [d_sae] bool: the latents that may be selected. `ordered`: each token's largest first."""
+        self.k, self.ordered, self.among = k, ordered, None
+        self._mask, self._num_left = mask, k
+        if mask is not None and backend(mask.device) == "torch":
+            # `nonzero` asks for a number, which on a GPU would be a host synchronisation; on CPU it is free.
+            left = mask.nonzero().squeeze(1)
+            self._num_left = min(len(left), k)
+            others = (~mask).nonzero().squeeze(1)[: k - self._num_left]
+            self._left, self.among = left, torch.cat((left, others))
+            self._mask = None
+
+    def begin(self, x: Tensor) -> None:
+        """Room for the tokens `x` [batch, d_in]."""
+        self.values = x.new_empty(len(x), self.k)
+        self.indices = torch.empty(len(x), self.k, dtype=torch.int64, device=x.device)
+        if self._num_left < self.k:
+            self.values.fill_(float("-inf"))
+            self.indices.copy_(torch.arange(self.k, device=x.device))
+        self._num_taken = 0
+
+    def take(self, pre_acts: Tensor) -> None:
+        """The next tokens' pre_acts [rows, d_sae]."""
+        rows = slice(self._num_taken, self._num_taken + len(pre_acts))
+        self._num_taken = rows.stop
+        if self._num_left == 0:
+            return
+        if self.among is not None:
+            pre_acts = pre_acts.index_select(1, self._left)
+        left = slice(self._num_left)
+        self.values[rows, left], self.indices[rows, left] = select_topk(
+            pre_acts, self._num_left, self._mask, ordered=self.ordered
+        )
+
+    @property
+    def off(self) -> Tensor | None:
+        if self._mask is not None:
+            return ~self._mask[self.indices]
+        return None if self._num_left == self.k else self.indices >= self._num_left
+
+    @property
+    def latents(self) -> Tensor:
+        """[batch, k] int64: the numbers of the latents themselves."""
+        return self.indices if self.among is None else self.among[self.indices]
 
 
-class _TopKEncode(torch.autograd.Function):
+@torch.no_grad()
+def select(
+    x: Tensor, W_enc: Tensor, b_enc: Tensor, selections: Sequence[Selection], slab_rows: int | None
+) -> None:
+    """Fill `selections` from x @ W_enc.T + b_enc, as `topk_encode`."""
+    check_encoder(x, W_enc, b_enc)
+    for selection in selections:
+        selection.begin(x)
+    for _, pre_acts in pre_acts_by_slab(x, W_enc, b_enc, slab_rows):
+        for selection in selections:
+            selection.take(pre_acts)
+
+
+class _AttachTopK(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
+        values: Tensor,
         x: Tensor,
         W_enc: Tensor,
         b_enc: Tensor,
-        k: int,
-        mask: Tensor | None,
-        relu: bool,
-        slab_rows: int | None,
-    ) -> tuple[Tensor, Tensor, LatentMajor]:
-        top_acts, top_indices = select_pre_acts(x, W_enc, b_enc, k, mask, slab_rows)
-        off = None  # where no gradient passes
-        if mask is not None:
-            off = ~mask[top_indices]
-        if relu:
-            off = top_acts <= 0 if off is None else off | (top_acts <= 0)
-        if off is not None:
-            top_acts.masked_fill_(off, 0)
-        pattern = LatentMajor(top_indices, W_enc.shape[0])
+        pattern: LatentMajor,
+        off: Tensor | None,
+    ) -> Tensor:
         ctx.save_for_backward(x, W_enc, off)
-        ctx.pattern = pattern
-        ctx.b_enc_dtype = b_enc.dtype
-        ctx.mark_non_differentiable(top_indices)
-        return top_acts, top_indices, pattern
+        ctx.pattern, ctx.b_enc_dtype = pattern, b_enc.dtype
+        return values.view_as(values) if off is None else values.masked_fill(off, 0)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         x, W_enc, off = ctx.saved_tensors
         pattern: LatentMajor = ctx.pattern
         d_pre = grad_outputs[0]
         if off is not None:
             d_pre = d_pre.masked_fill(off, 0)
         dx = dW_enc = db_enc = None
-        if ctx.needs_input_grad[0]:
-            dx = gather_sum(d_pre, pattern.top_indices, W_enc, dtype=x.dtype)
         if ctx.needs_input_grad[1]:
-            dW_enc = weight_gradient(W_enc, pattern, d_pre, x)
+            dx = gather_sum(d_pre, pattern.top_indices, W_enc, dtype=x.dtype)
         if ctx.needs_input_grad[2]:
+            dW_enc = weight_gradient(W_enc, pattern, d_pre, x)
+        if ctx.needs_input_grad[3]:
             db_enc = pattern.sums(d_pre, dtype=ctx.b_enc_dtype)
-        return dx, dW_enc, db_enc, None, None, None, None
+        return None, dx, dW_enc, db_enc, None, None
+
+
+def attach_selection(
+    selection: Selection, x: Tensor, W_enc: Tensor, b_enc: Tensor, relu: bool
+) -> tuple[Tensor, LatentMajor]:
+    """The acts [batch, k] of a filled selection, differentiable as `topk_encode` says, and their LatentMajor.
+
+    Its indices are the selection's: where that is `among` some latents, so is the LatentMajor.
+    """
+    off = selection.off
+    if relu:
+        negative = selection.values <= 0
+        off = negative if off is None else off | negative
+    if selection.among is not None:
+        W_enc, b_enc = take_rows(W_enc, selection.among), take_rows(b_enc, selection.among)
+    pattern = LatentMajor(selection.indices, W_enc.shape[0])
+    acts = _AttachTopK.apply(selection.values, x, W_enc, b_enc, pattern, off)
+    return acts, pattern  # pyright: ignore[reportReturnType]
 
 
 def check_encoder(x: Tensor, W_enc: Tensor, b_enc: Tensor) -> None:
@@ -216,8 +257,9 @@ def topk_encode(
     Raises:
         ValueError: if shapes or k do not fit, or mask is not bool [d_sae].
     """
-    check_encoder(x, W_enc, b_enc)
     _check_selection(k, mask, W_enc.shape[0])
-    if slab_rows is not None and slab_rows < 1:
-        raise ValueError(f"slab_rows must be at least 1, got {slab_rows}")
-    return _TopKEncode.apply(x, W_enc, b_enc, k, mask, relu, slab_rows)  # pyright: ignore[reportReturnType]
+    selection = Selection(k, mask)
+    select(x, W_enc, b_enc, [selection], slab_rows)
+    acts, pattern = attach_selection(selection, x, W_enc, b_enc, relu)
+    latents = selection.latents
+    return acts, latents, pattern if selection.among is None else LatentMajor(latents, W_enc.shape[0])

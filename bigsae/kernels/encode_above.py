@@ -84,8 +84,6 @@ def find_above(
     d_sae = W_enc.shape[0]
     if bound.shape not in ((), (d_sae,)):
         raise ValueError(f"bound must be [] or [{d_sae}], got {tuple(bound.shape)}")
-    if slab_rows is not None and slab_rows < 1:
-        raise ValueError(f"slab_rows must be at least 1, got {slab_rows}")
     bound = bound.expand(d_sae).contiguous()
     parts = [compact_above(pre_acts, bound) for _, pre_acts in pre_acts_by_slab(x, W_enc, b_enc, slab_rows)]
     if not parts:

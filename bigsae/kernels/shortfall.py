@@ -45,7 +45,8 @@ class _Shortfall(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         x, W_enc, b_enc, threshold, W_dec, dead = ctx.saved_tensors
         d_total = grad_outputs[0]
-        dx, d_b_enc, d_threshold = torch.zeros_like(x), torch.zeros_like(b_enc), torch.zeros_like(threshold)
+        dx = torch.zeros_like(x) if ctx.needs_input_grad[0] else None
+        d_b_enc, d_threshold = torch.zeros_like(b_enc), torch.zeros_like(threshold)
         d_W_enc, W_enc_sum = gradient_sum(W_enc)
         d_W_dec, W_dec_sum = gradient_sum(W_dec)
         for own, encoder, decoder, norms, lack in _parts(x, W_enc, b_enc, threshold, W_dec, dead):
@@ -58,7 +59,8 @@ class _Shortfall(torch.autograd.Function):
             d_threshold[own] = d_sums.to(d_threshold.dtype)
             d_b_enc[own] = -d_sums.to(d_b_enc.dtype)
             d_lack = d_lack.to(x.dtype)
-            dx.addmm_(d_lack, encoder, alpha=-1)
+            if dx is not None:
+                dx.addmm_(d_lack, encoder, alpha=-1)
             W_enc_sum.index_add_(0, own, (d_lack.T @ x).to(W_enc_sum.dtype), alpha=-1)
         return dx, d_W_enc, d_b_enc, d_threshold, d_W_dec, None
 

@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bigsae.kernels.decode import sparse_decode
-from bigsae.kernels.encode import check_encoder, default_slab_rows, select_pre_acts, topk_encode
+from bigsae.kernels.encode import Selection, attach_selection, default_slab_rows
 from bigsae.kernels.encode_above import attach
 from bigsae.kernels.pairs import RaggedPairs
-from bigsae.kernels.sparse_grad import LatentMajor
+from bigsae.kernels.sparse_grad import LatentMajor, take_rows
 from bigsae.kernels.topk import select_topk
 
 # What a candidate takes while its token is decided, in values: it is there as it came and in order, and has a place.
@@ -33,20 +33,24 @@ class TopK:
     acts: Tensor
     indices: Tensor
     pattern: LatentMajor | None
+    among: Tensor | None = None
+    """[n] int64: the latents that `indices` number; None where these are all of them."""
 
     def first(self, k: int) -> "TopK":
         """The k largest alone."""
-        return TopK(self.acts[:, :k].contiguous(), self.indices[:, :k].contiguous(), None)
+        return TopK(self.acts[:, :k].contiguous(), self.indices[:, :k].contiguous(), None, self.among)
 
     def decode(self, weight: Tensor) -> Tensor:
         """[batch, d_out]: what they add up to in rows of `weight` [d_sae, d_out]; differentiable."""
-        return sparse_decode(self.acts, self.indices, weight, self.pattern)
+        rows = weight if self.among is None else take_rows(weight, self.among)
+        return sparse_decode(self.acts, self.indices, rows, self.pattern)
 
     def firing_counts(self, d_sae: int) -> Tensor:
         """[d_sae] int32: tokens on which each latent has a value > 0."""
         fired = (self.acts.detach() > 0).to(torch.int32)
         counts = torch.zeros(d_sae, dtype=torch.int32, device=fired.device)
-        return counts.scatter_add_(0, self.indices.flatten(), fired.flatten())
+        latents = self.indices if self.among is None else self.among[self.indices]
+        return counts.scatter_add_(0, latents.flatten(), fired.flatten())
 
 
 @dataclass(frozen=True)
@@ -74,31 +78,25 @@ class OwnOfTopK:
 
 
 @torch.no_grad()
-def _select(
-    x: Tensor,
-    W_enc: Tensor,
-    b_enc: Tensor,
-    k: int,
-    mask: Tensor | None,
-    relu: bool,
-    slab_rows: int | None,
-    rank: int,
-    num_ranks: int,
-    gather: Gather,
+def _own_of(
+    selection: Selection, d_own: int, k: int, relu: bool, slab: int, rank: int, num_ranks: int, gather: Gather
 ) -> tuple[Tensor, RaggedPairs, Tensor]:
-    k_own = min(k, W_enc.shape[0])
-    values, indices = select_pre_acts(x, W_enc, b_enc, k_own, mask, slab_rows)
+    """Values, pairs and places of what is left of this rank's candidates when those of all ranks are compared.
+
+    `slab`: pre-activations that exist at a time on each rank.
+    """
+    values, latents = selection.values, selection.latents
+    k_own = values.shape[1]
     # A few tokens at a time, on all ranks: of all of them the candidates may be more than the slab.
-    slab = (slab_rows or default_slab_rows(W_enc.shape[0], x)) * W_enc.shape[0]
     num_tokens = max(slab // (_CANDIDATE_COPIES * k_own * num_ranks), 1)
     place_of = torch.cat([_places(part, k, rank, gather) for part in values.split(num_tokens)])
     keep = place_of < k
     # Without value and gradient: masked latents, and under the ReLU what is not positive. A NaN stays.
     keep &= ~(values == float("-inf")) if not relu else ~(values <= 0)
-    indices, order = indices.masked_fill(~keep, W_enc.shape[0]).sort(1)
+    latents, order = latents.masked_fill(~keep, d_own).sort(1)
     keep = keep.gather(1, order)
     crow = F.pad(keep.sum(1).cumsum(0), (1, 0))
-    pairs = RaggedPairs(indices[keep], crow, W_enc.shape[0])
+    pairs = RaggedPairs(latents[keep], crow, d_own)
     return values.gather(1, order)[keep], pairs, place_of.gather(1, order)[keep]
 
 
@@ -115,7 +113,16 @@ def _ascending(like: Tensor) -> Tensor:
     return torch.arange(like.shape[1], device=like.device)
 
 
+def own_selection(k: int, d_own: int, num_ranks: int, mask: Tensor | None = None) -> Selection:
+    """What a rank with `d_own` latents has to select so that `topk_pairs` finds the k largest of all ranks.
+
+    `mask`, bool [d_own]: of latents where it is True. Then, on one rank, in any order.
+    """
+    return Selection(min(k, d_own), mask, ordered=mask is None or num_ranks > 1)
+
+
 def topk_pairs(
+    selection: Selection,
     x: Tensor,
     W_enc: Tensor,
     b_enc: Tensor,
@@ -124,25 +131,26 @@ def topk_pairs(
     num_ranks: int = 1,
     gather: Gather | None = None,
     *,
-    mask: Tensor | None = None,
     relu: bool = True,
     slab_rows: int | None = None,
 ) -> TopK | OwnOfTopK:
-    """The k largest of each token's pre-activations, as `topk_encode`; of those of all ranks, what this one holds.
+    """The k largest of each token's pre-activations of all ranks: of them what this rank holds, differentiable.
 
     Args:
+        selection: of this rank's latents, filled (`select`) from the same x, W_enc and b_enc.
         x: [batch, d_in], the same tokens on every rank.
         W_enc, b_enc: [d_own, d_in] and [d_own], this rank's latents; as many on every rank.
         k: how many latents of all ranks a token selects.
         rank: the number of this rank of `num_ranks`; lower ones hold lower latents.
         gather: exchanges the candidates; None where one rank holds all latents.
-        mask: [d_own] bool; only latents where it is True are selected.
         relu: clamp selected values at zero; on several ranks those that are not positive, which then have neither value
             nor gradient, are left out.
-        slab_rows: rows of the slab, which bounds what is exchanged at a time as well; as many on every rank.
+        slab_rows: rows of the slab, which bounds what is exchanged at a time; as many on every rank.
     """
     if gather is None:
-        return TopK(*topk_encode(x, W_enc, b_enc, k, mask=mask, relu=relu, slab_rows=slab_rows))
-    check_encoder(x, W_enc, b_enc)
-    values, pairs, places = _select(x, W_enc, b_enc, k, mask, relu, slab_rows, rank, num_ranks, gather)
+        acts, pattern = attach_selection(selection, x, W_enc, b_enc, relu)
+        return TopK(acts, selection.indices, pattern, selection.among)
+    d_own = W_enc.shape[0]
+    slab = (slab_rows or default_slab_rows(d_own, x)) * d_own
+    values, pairs, places = _own_of(selection, d_own, k, relu, slab, rank, num_ranks, gather)
     return OwnOfTopK(attach(values, pairs, x, W_enc, b_enc), pairs, places)

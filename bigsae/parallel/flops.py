@@ -21,21 +21,24 @@ def decode_flops(shape: SAEShape, pairs: float) -> float:
 
 
 def gradient_flops(shape: SAEShape, pairs: float) -> float:
-    """For each pair: of its value, of its rows of W_dec and W_enc, and of b_dec by its way through the encoder."""
-    through_encoder = shape.d_in if shape.centred else 0
-    return 2 * pairs * (2 * shape.d_out + shape.d_in + through_encoder)
+    """For each pair: of its value, and of its rows of W_dec and W_enc."""
+    return 2 * pairs * (2 * shape.d_out + shape.d_in)
+
+
+def centre_flops(shape: SAEShape, own: float) -> float:
+    """Of b_dec's gradient by its way through the encoder, from that of the encoder's bias (kernels/centre.py)."""
+    return 2.0 * own * shape.d_in if shape.centred else 0.0
 
 
 def step_flops(shape: SAEShape, batch: int, own: int, pairs: float, num_dead: float = 0.0) -> float:
     """A step on `batch` tokens with `own` latents, `pairs` of which are selected.
 
-    `num_dead` of these latents are candidates of AuxK, where it has any. That a GPU computes the pre-activations of
-    the others as well, since it does not know on the host which these are, is no work of use.
+    `num_dead` of these latents are candidates of AuxK, where it has any; their pre-activations are there already.
     """
     flops = encode_flops(shape, batch, own) + decode_flops(shape, pairs) + gradient_flops(shape, pairs)
+    flops += centre_flops(shape, own)
     if shape.k_aux and num_dead:
         aux_pairs = batch * min(shape.k_aux * own / shape.d_sae, num_dead)
-        flops += encode_flops(shape, batch, num_dead)
         flops += decode_flops(shape, aux_pairs) + gradient_flops(shape, aux_pairs)
     if shape.num_sums > shape.num_prefixes:
         flops += _second_sum_flops(shape, pairs)

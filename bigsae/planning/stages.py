@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from bigsae.parallel.choose import step_shape
-from bigsae.parallel.flops import decode_flops, encode_flops, gradient_flops
+from bigsae.parallel.flops import centre_flops, decode_flops, encode_flops, gradient_flops
 from bigsae.parallel.memory import DTYPE_BYTES, SAEShape
 from bigsae.parallel.traffic import Payload, sent_bytes, step_payloads
 from bigsae.planning.gpus import GPU, Resource, seconds
@@ -148,7 +148,7 @@ def _stages_of_one(config: PlanConfig, shape: SAEShape, mesh: Mesh, with_auxk: b
     if with_auxk and shape.k_aux:
         pairs = batch * shape.k_aux / mesh.num_latent
         parts_of_auxk = [
-            _encode("", shape, batch, own, dtype),
+            Stage("", dtype, moved=2 * batch * own * shape.encoder_bytes, selected=batch * own),
             _decode("", shape, batch, pairs),
             _gradients("", shape, batch, 0, pairs),
         ]
@@ -184,17 +184,17 @@ def _decode(name: str, shape: SAEShape, batch: int, pairs: float) -> Stage:
 
 
 def _gradients(name: str, shape: SAEShape, batch: int, own: int, pairs: float) -> Stage:
-    """For each selected latent its row of W_dec, x and the residual's gradient; b_dec's way through the encoder too.
+    """For each selected latent its row of W_dec, x and the residual's gradient; W_enc once, for b_dec's.
 
     Gradients are written whole (`own` 0: added to those that are there).
     """
-    through_encoder = shape.d_in if shape.centred else 0
-    rows = pairs * (shape.weight_bytes * (shape.d_out + through_encoder) + 4 * (shape.d_in + shape.d_out))
+    rows = pairs * (shape.weight_bytes * shape.d_out + 4 * (shape.d_in + shape.d_out))
     written = own * (shape.d_in + shape.d_out) * shape.grad_bytes
     moved = written + 8 * batch * shape.d_out
-    return Stage(
-        name, "float32", flops=gradient_flops(shape, pairs), moved=moved, gathered=rows, allocated=written
-    )
+    if shape.centred:
+        moved += own * shape.d_in * shape.weight_bytes
+    flops = gradient_flops(shape, pairs) + centre_flops(shape, own)
+    return Stage(name, "float32", flops=flops, moved=moved, gathered=rows, allocated=written)
 
 
 def _optimiser(shape: SAEShape, own: int, updates: float) -> Stage:

@@ -12,9 +12,11 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from bigsae.kernels.batchtopk import batchtopk_encode
+from bigsae.kernels.centre import centre
+from bigsae.kernels.encode import Selection, select
 from bigsae.kernels.encode_above import encode_above, encode_dense
 from bigsae.kernels.pairs import DensePairs, RaggedPairs
-from bigsae.kernels.topk_pairs import OwnOfTopK, TopK, topk_pairs
+from bigsae.kernels.topk_pairs import OwnOfTopK, TopK, own_selection, topk_pairs
 from bigsae.parallel import collectives
 from bigsae.parallel.latents import Latents
 from bigsae.sae.losses import StepContext, StepOutput
@@ -137,6 +139,13 @@ class SAE(nn.Module, ABC):
             centred = centred - self.shape.latents.share(self.b_dec)
         return centred.bfloat16() if self.shape.autocast else centred
 
+    def centred(self, x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        """As `encoder_input`, without a gradient; and `bias`, whose gradient reaches b_dec in its stead (centre.py)."""
+        centred = x.to(self.W_enc.dtype)
+        if self.shape.apply_b_dec_to_input and not self.is_transcoder:
+            centred, bias = centre(centred, self.W_enc, bias, self.shape.latents.share(self.b_dec))
+        return centred.bfloat16() if self.shape.autocast else centred, bias
+
     def encode_pairs(
         self, encoder_input: Tensor, bias: Tensor, bound: Tensor, sparse: bool
     ) -> tuple[Tensor, DensePairs | RaggedPairs]:
@@ -146,33 +155,62 @@ class SAE(nn.Module, ABC):
             return encode_above(encoder_input, self.W_enc, bias, bound, slab_rows=rows)
         return encode_dense(encoder_input, self.W_enc, bias)
 
-    def encode_topk(
-        self, encoder_input: Tensor, bias: Tensor, k: int, *, mask: Tensor | None = None, relu: bool = True
+    def selection(self, k: int, mask: Tensor | None = None) -> Selection:
+        """Of the k largest pre_acts of each token, of all latents or of those where `mask` [d_own] is True."""
+        return own_selection(k, self.d_own, self.shape.latents.num_ranks, mask)
+
+    def select(self, encoder_input: Tensor, bias: Tensor, *selections: Selection) -> None:
+        """Fill them from the same pre_acts; without a gradient."""
+        select(encoder_input, self.W_enc, bias, selections, self.slab_rows(encoder_input.dtype))
+
+    def topk(
+        self, selection: Selection, encoder_input: Tensor, bias: Tensor, k: int, *, relu: bool = True
     ) -> TopK | OwnOfTopK:
-        """The k largest pre_acts of each token, of all latents, or of those where `mask` [d_own] is True."""
+        """The k largest pre_acts of each token, of all ranks' latents, from a filled selection; differentiable."""
         latents = self.shape.latents
-        gather = latents.gather if latents.num_ranks > 1 else None
-        rows = self.slab_rows(encoder_input.dtype)
         return topk_pairs(
+            selection,
             encoder_input,
             self.W_enc,
             bias,
             k,
             latents.rank,
             latents.num_ranks,
-            gather,
-            mask=mask,
+            latents.gather if latents.num_ranks > 1 else None,
             relu=relu,
-            slab_rows=rows,
+            slab_rows=self.slab_rows(encoder_input.dtype),
         )
 
+    def encode_topk(self, encoder_input: Tensor, bias: Tensor, k: int) -> TopK | OwnOfTopK:
+        """The k largest pre_acts of each token, of all latents."""
+        selection = self.selection(k)
+        self.select(encoder_input, bias, selection)
+        return self.topk(selection, encoder_input, bias, k)
+
     def encode_batchtopk(
-        self, encoder_input: Tensor, bias: Tensor, num_keep: int, guess: Tensor | None, context: StepContext
+        self,
+        encoder_input: Tensor,
+        bias: Tensor,
+        num_keep: int,
+        guess: Tensor | None,
+        context: StepContext,
+        *selections: Selection,
     ) -> tuple[Tensor, RaggedPairs, Tensor]:
-        """The `num_keep` largest positive pre_acts of all tokens and latents; of them this rank's, and the smallest."""
+        """The `num_keep` largest positive pre_acts of all tokens and latents; of them this rank's, and the smallest.
+
+        `selections` are filled from the same pre_acts.
+        """
         first, rows = self.shape.latents.rank * self.d_own, self.slab_rows(encoder_input.dtype)
         return batchtopk_encode(
-            encoder_input, self.W_enc, bias, num_keep, guess, context.ranks, first=first, slab_rows=rows
+            encoder_input,
+            self.W_enc,
+            bias,
+            num_keep,
+            guess,
+            context.ranks,
+            first=first,
+            slab_rows=rows,
+            selections=selections,
         )
 
     def slab_rows(self, dtype: torch.dtype) -> int:

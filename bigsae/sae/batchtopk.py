@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from bigsae.config import SAEConfig
 from bigsae.kernels.pairs import RaggedPairs
-from bigsae.sae.auxk import auxk_loss
+from bigsae.sae.auxk import auxk_decoded, auxk_loss, auxk_selection
 from bigsae.sae.base import SAE, Shape
 from bigsae.sae.jumprelu import saelens_jumprelu, select_active
 from bigsae.sae.losses import StepContext, StepOutput
@@ -83,17 +83,17 @@ class BatchTopKSAE(SAE):
         return pairs.decode(acts, self.W_dec), (acts > 0).sum()
 
     def training_forward(self, x: Tensor, y: Tensor, context: StepContext) -> StepOutput:
-        encoder_input = self.encoder_input(x)
+        encoder_input, b_enc = self.centred(x, self.b_enc)
         guess = self.smallest if self._has_guess else None
         self._has_guess = True
+        dead = auxk_selection(self, self.k_aux, self.auxk_coefficient, context)
         acts, pairs, smallest = self.encode_batchtopk(
-            encoder_input, self.b_enc, self.k * context.num_tokens, guess, context
+            encoder_input, b_enc, self.k * context.num_tokens, guess, context, *dead
         )
+        e_hat = auxk_decoded(self, dead, encoder_input, b_enc, self.k_aux)
         self._follow(smallest)
         loss, residual = self._reconstruct(x, y, acts, pairs, context.moments.variance().float())
-        auxk = auxk_loss(
-            self, encoder_input, self.b_enc, residual, self.k_aux, self.auxk_coefficient, context
-        )
+        auxk = auxk_loss(residual, e_hat, self.k_aux, self.auxk_coefficient, context)
         fired = acts.detach() > 0
         return StepOutput(
             loss + auxk,

@@ -62,8 +62,8 @@ class GatedSAE(SAE):
         return (linear * pairs.spread(self.r_mag.exp()) + pairs.spread(self.b_mag)).relu()
 
     def training_forward(self, x: Tensor, y: Tensor, context: StepContext) -> StepOutput:
-        encoder_input = self.encoder_input(x)
-        gate, pairs = self.encode_pairs(encoder_input, self.b_gate, self.b_gate.new_zeros(()), context.sparse)
+        encoder_input, b_gate = self.centred(x, self.b_gate)
+        gate, pairs = self.encode_pairs(encoder_input, b_gate, self.b_gate.new_zeros(()), context.sparse)
         acts = self._magnitudes(gate, pairs) * (gate > 0)
         residual = y - self.output(x, pairs.decode(acts, self.W_dec))
         gate_acts = gate.relu()

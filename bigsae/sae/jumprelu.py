@@ -89,9 +89,9 @@ class JumpReLUSAE(SAE):
     def training_forward(self, x: Tensor, y: Tensor, context: StepContext) -> StepOutput:
         config = self.config
         assert config is not None and config.jumprelu_bandwidth is not None
-        encoder_input = self.encoder_input(x)
+        encoder_input, b_enc = self.centred(x, self.b_enc)
         bound = self.threshold.detach() - config.jumprelu_bandwidth / 2
-        pre_acts, pairs = self.encode_pairs(encoder_input, self.b_enc, bound, context.sparse)
+        pre_acts, pairs = self.encode_pairs(encoder_input, b_enc, bound, context.sparse)
         acts, active = jumprelu(
             pre_acts, self.threshold, pairs, config.jumprelu_bandwidth, to_input=config.jumprelu_ste_to_input
         )
@@ -100,7 +100,7 @@ class JumpReLUSAE(SAE):
             "sparsity_loss": context.sparsity
             * self._sparsity_loss(acts, active, pairs, context)
             / context.num_tokens,
-            "pre_act_loss": self._pre_act_loss(encoder_input, context) / context.num_tokens,
+            "pre_act_loss": self._pre_act_loss(encoder_input, b_enc, context) / context.num_tokens,
         }
         loss = residual.square().sum() / context.num_tokens + parts["sparsity_loss"] + parts["pre_act_loss"]
         fired = active.detach() > 0
@@ -143,13 +143,13 @@ class JumpReLUSAE(SAE):
         # The value, and the derivative by what changes L0.
         return 2 / target * (beyond.square() + 2 * beyond * change)
 
-    def _pre_act_loss(self, encoder_input: Tensor, context: StepContext) -> Tensor:
+    def _pre_act_loss(self, encoder_input: Tensor, b_enc: Tensor, context: StepContext) -> Tensor:
         """Sum over tokens of the weighted loss of dead latents, computed on their rows alone."""
         assert self.config is not None
         if context.dead is None or not self.config.pre_act_coefficient:
             return self.b_dec.new_zeros(())
         dead = context.dead.mask.nonzero().squeeze(1)
-        lacking = shortfall(encoder_input, self.W_enc, self.b_enc, self.threshold, self.W_dec, dead)
+        lacking = shortfall(encoder_input, self.W_enc, b_enc, self.threshold, self.W_dec, dead)
         total = self.shape.latents.sum(lacking)
         return self.config.pre_act_coefficient * total
 

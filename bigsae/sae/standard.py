@@ -56,10 +56,8 @@ class StandardSAE(SAE):
         return pairs.decode(acts, self.W_dec), (acts > 0).sum()
 
     def training_forward(self, x: Tensor, y: Tensor, context: StepContext) -> StepOutput:
-        encoder_input = self.encoder_input(x)
-        pre_acts, pairs = self.encode_pairs(
-            encoder_input, self.b_enc, self.b_enc.new_zeros(()), context.sparse
-        )
+        encoder_input, b_enc = self.centred(x, self.b_enc)
+        pre_acts, pairs = self.encode_pairs(encoder_input, b_enc, self.b_enc.new_zeros(()), context.sparse)
         acts = pre_acts.relu()
         residual = y - self.output(x, pairs.decode(acts, self.W_dec))
         strengths = acts * pairs.spread(self.W_dec.norm(dim=1))

@@ -94,3 +94,24 @@ def test_errors():
     for mask in (torch.ones(10), torch.ones(9, dtype=torch.bool)):
         with pytest.raises(ValueError, match="mask must be bool"):
             select_topk(values, 1, mask)
+
+
+@pytest.mark.parametrize("kind", ["real", "ties", "one tie at the end", "NaN", "all of them"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_in_any_order_the_same_are_selected(device, dtype, kind):
+    """Each value at its index, each index once; ties across the end and NaN as where order is asked for."""
+    values = torch.randn(300, 400, device=device)
+    if kind == "ties":
+        values = values.mul(2).round()
+    if kind == "one tie at the end":
+        values[7], values[7, 100:200] = -1.0, 1.0  # of 100 equal ones the first k
+    if kind == "NaN":
+        values[values > 1.5] = float("nan")
+    values = values.to(dtype)
+    k = 400 if kind == "all of them" else 37
+    top_values, top_indices = select_topk(values, k, ordered=False)
+    _, expected = reference.select_topk(values, k)
+    assert torch.equal(top_indices.sort(1).values, expected.sort(1).values)
+    assert torch.equal(top_values.nan_to_num(99.0), values.gather(1, top_indices).nan_to_num(99.0))
+    again, same = select_topk(values.clone(), k, ordered=False)
+    assert torch.equal(again.nan_to_num(99.0), top_values.nan_to_num(99.0)) and torch.equal(same, top_indices)

@@ -4,8 +4,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from bigsae.kernels import reference
 from bigsae.kernels.decode import sparse_decode
-from bigsae.kernels.encode import topk_encode
+from bigsae.kernels.encode import select, topk_encode
 from bigsae.kernels.sparse_grad import LatentMajor
+from bigsae.kernels.topk_pairs import own_selection, topk_pairs
 
 DTYPES = [torch.float32, torch.bfloat16]
 SHAPES = [(1, 17, 101, 1), (7, 17, 1000, 5), (33, 24, 1000, 32), (7, 5, 19, 19)]  # (batch, d_in, d_sae, k)
@@ -197,3 +198,32 @@ def test_errors():
         topk_encode(x, W_enc, b_enc, 1, mask=torch.ones(4, dtype=torch.bool))
     with pytest.raises(ValueError, match="slab_rows"):
         topk_encode(x, W_enc, b_enc, 1, slab_rows=0)
+
+
+@pytest.mark.parametrize("num_left", [0, 3, 12, 40])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_two_selections_of_the_same_pre_activations(device, dtype, num_left):
+    """The k largest, and those of a mask in any order: each as by itself, forward and gradients."""
+    x, W_enc, b_enc = _integers(33, 17, 40, dtype, device)
+    mask = torch.zeros(40, dtype=torch.bool, device=device)
+    mask[torch.randperm(40)[:num_left]] = True
+    W_dec = torch.randint(-4, 5, (40, 6), device=device).to(dtype)
+    inputs = [t.clone().requires_grad_() for t in (x, W_enc, b_enc, W_dec)]
+    largest, masked = own_selection(5, 40, 1), own_selection(8, 40, 1, mask)
+    select(*(t.detach() for t in inputs[:3]), [largest, masked], 7)
+    sums = [
+        topk_pairs(selection, *inputs[:3], k, relu=relu).decode(inputs[3])
+        for selection, k, relu in ((largest, 5, True), (masked, 8, False))
+    ]
+    wide = [t.double().requires_grad_() for t in (x, W_enc, b_enc, W_dec)]
+    expected = [
+        reference.decode(*reference.encode(*wide[:3], k, of, relu), wide[3])
+        for k, of, relu in ((5, None, True), (8, mask, False))
+    ]
+    d_sums = torch.randint(-2, 3, (2, 33, 6), device=device)
+    grads = torch.autograd.grad(sums, inputs, list(d_sums.to(sums[0].dtype)))
+    wide_grads = torch.autograd.grad(expected, wide, list(d_sums.double()))
+    for value, wanted in zip((*sums, *grads), (*expected, *wide_grads), strict=True):
+        torch.testing.assert_close(
+            value.double(), wanted, rtol=1e-6 if dtype == torch.float32 else 2e-2, atol=1e-6
+        )

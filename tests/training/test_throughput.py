@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import bigsae
 from bigsae.checks import resolve_sae
 from bigsae.config import OptimConfig, SAEConfig, UserError
-from bigsae.parallel.flops import decode_flops, encode_flops, step_flops
+from bigsae.parallel.flops import centre_flops, decode_flops, encode_flops, step_flops
 from bigsae.parallel.memory import sae_shape
 from bigsae.parallel.mesh import build_mesh
 from bigsae.parallel.peaks import PEAKS, peak_of
@@ -51,7 +51,10 @@ def test_on_all_pairs_a_step_s_flops_are_those_of_dense_autograd(
     with FlopCounterMode(display=False) as counter:
         dense.expected(dense.Step(resolved, weights, x, y)).loss.backward()
     shape = sae_shape(resolved, OptimConfig(), D_IN, D_SAE, d_out)
-    assert step_flops(shape, BATCH, D_SAE, EVERY) == counter.get_total_flops()
+    # b_dec's gradient through the encoder is made of that of its bias, not of one for each token.
+    of_tokens = encode_flops(shape, BATCH, D_SAE) if shape.centred else 0
+    expected = counter.get_total_flops() - of_tokens + centre_flops(shape, D_SAE)
+    assert step_flops(shape, BATCH, D_SAE, EVERY) == expected
 
 
 def linear_flops(x: torch.Size, weight: torch.Size, *_: Any, **__: Any) -> int:
@@ -87,23 +90,19 @@ def test_a_dense_step_is_counted_as_torch_counts_it():
     assert all(ours == torch_s for torch_s, ours in counted)
 
 
-def test_a_sparse_step_has_one_matmul_and_one_more_for_dead_latents():
+def test_a_sparse_step_has_one_matmul_also_for_dead_latents():
     """Torch counts matmuls alone: what is gathered for the selected pairs is counted beside it."""
     k = 3
     trainer, counted = trainer_and_flops(2 * BATCH, 6, k=k)
     shape = sae_shape(resolve_sae(SAEConfig(k=k)), OptimConfig(), D_IN, D_SAE)
-    encode = encode_flops(shape, BATCH, D_SAE)
+    dense = encode_flops(shape, BATCH, D_SAE) + centre_flops(shape, D_SAE)
     plain = step_flops(shape, BATCH, D_SAE, BATCH * k)
     num_dead = round(trainer.firing.dead_fraction() * D_SAE)
     assert 0 < num_dead < D_IN // 2  # all of them are selected
-    assert counted[0] == (encode, plain)
-    of_dead = encode_flops(shape, BATCH, num_dead)
-    assert counted[-1] == (
-        encode + of_dead,
-        pytest.approx(plain + of_dead + 5 * decode_flops(shape, BATCH * num_dead)),
-    )
-    # Of each selected pair a row of W_dec, its value's gradient, both weights' and b_dec's: five products.
-    assert plain == encode + 5 * decode_flops(shape, BATCH * k)
+    assert counted[0] == (dense, plain)
+    assert counted[-1] == (dense, pytest.approx(plain + 4 * decode_flops(shape, BATCH * num_dead)))
+    # Of each selected pair a row of W_dec, its value's gradient and both weights': four products.
+    assert plain == dense + 4 * decode_flops(shape, BATCH * k)
 
 
 def test_a_run_logs_what_it_reaches(tmp_path):
