@@ -38,6 +38,10 @@ def centre(x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor) -> tuple[Tens
 
     Args:
         x: [batch, d_in]; W_enc: [d_sae, d_in]; b_enc: [d_sae]; b_dec: [d_in].
+
+    Raises:
+        ValueError: if x wants a gradient.
     """
-    assert not x.requires_grad
+    if x.requires_grad and torch.is_grad_enabled():
+        raise ValueError("a training step gives no gradient to its tokens: detach x")
     return x - b_dec.detach(), _BiasOfCentred.apply(b_enc, b_dec, W_enc)  # pyright: ignore[reportReturnType]

@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 
 from bigsae.kernels.decode import gather_sum
 from bigsae.kernels.dispatch import backend
-from bigsae.kernels.sparse_grad import LatentMajor, take_rows, weight_gradient
+from bigsae.kernels.sparse_grad import LatentMajor, weight_gradient
 from bigsae.kernels.topk import select_topk
 
 _SLAB_BYTES = 256 * 2**20
@@ -24,6 +24,8 @@ _cpu_slabs = threading.local()
 # 128 and 371 by 64, where MKL's takes 347 to 406; and the selection finds what it reads in the cache.
 _CACHED_BYTES = 16 * 2**20
 _LEAST_ROWS = 128
+# Of a slab, from which the columns of a mask are taken at a time.
+_ROWS_AT_ONCE = 256
 
 
 def _slab(rows: int, d_sae: int, like: Tensor) -> Tensor:
@@ -87,67 +89,73 @@ def pre_acts_by_slab(
 class Selection:
     """The k largest pre-activations of each token, taken from one slab after the other.
 
-    Several selections take from the same slabs: AuxK's dead latents cost no second matmul.
+    Several selections take from the same slabs: AuxK's of dead latents wants no matmul of its own.
 
     Attributes:
-        values: [batch, k], -inf where fewer than k latents may be selected.
-        indices: [batch, k] int64, numbers of `among`.
-        among: [n] int64, the latents that may be selected and, where these are fewer than k, others up to k; None where
-            `indices` are the latents themselves.
-        off: [batch, k] bool, where a latent that may not be selected stands; None where there is none.
+        k: how many latents of all ranks.
+        values: [batch, columns] in the dtype of the tokens, -inf where no more latents may be selected; with `columns`
+            k, or d_own where a rank of several holds fewer latents.
+        latents: [batch, columns] int64, the latents of these values.
     """
 
-    def __init__(self, k: int, mask: Tensor | None = None, ordered: bool = True) -> None:
-        """`mask` [d_sae] bool: the latents that may be selected. `ordered`: each token's largest first."""
-        self.k, self.ordered, self.among = k, ordered, None
-        self._mask, self._num_left = mask, k
+    def __init__(
+        self, k: int, columns: int | None = None, mask: Tensor | None = None, *, ordered: bool = True
+    ) -> None:
+        """`mask` [d_own] bool: the latents that may be selected. `ordered`: each token's largest first."""
+        self.k, self.mask = k, mask
+        self._columns, self._ordered = columns or k, ordered
+        self._num_left, self._left = self._columns, None
         if mask is not None and backend(mask.device) == "torch":
             # `nonzero` asks for a number, which on a GPU would be a host synchronisation; on CPU it is free.
-            left = mask.nonzero().squeeze(1)
-            self._num_left = min(len(left), k)
-            others = (~mask).nonzero().squeeze(1)[: k - self._num_left]
-            self._left, self.among = left, torch.cat((left, others))
-            self._mask = None
+            self._left = mask.nonzero().squeeze(1)
+            self._num_left = min(len(self._left), self._columns)
 
     def begin(self, x: Tensor) -> None:
         """Room for the tokens `x` [batch, d_in]."""
-        self.values = x.new_empty(len(x), self.k)
-        self.indices = torch.empty(len(x), self.k, dtype=torch.int64, device=x.device)
-        if self._num_left < self.k:
-            self.values.fill_(float("-inf"))
-            self.indices.copy_(torch.arange(self.k, device=x.device))
+        self.values = x.new_empty(len(x), self._columns)
+        self.latents = torch.empty(len(x), self._columns, dtype=torch.int64, device=x.device)
         self._num_taken = 0
+        if self._num_left < self._columns:
+            assert self.mask is not None
+            self.values.fill_(float("-inf"))
+            # As in a selection over all latents: ties at -inf go to the lowest index.
+            self.latents[:, self._num_left :] = (~self.mask).nonzero()[: self._columns - self._num_left, 0]
 
     def take(self, pre_acts: Tensor) -> None:
-        """The next tokens' pre_acts [rows, d_sae]."""
-        rows = slice(self._num_taken, self._num_taken + len(pre_acts))
-        self._num_taken = rows.stop
-        if self._num_left == 0:
-            return
-        if self.among is not None:
-            pre_acts = pre_acts.index_select(1, self._left)
-        left = slice(self._num_left)
-        self.values[rows, left], self.indices[rows, left] = select_topk(
-            pre_acts, self._num_left, self._mask, ordered=self.ordered
-        )
+        """The next tokens' pre_acts [rows, d_own]."""
+        for block in pre_acts.split(_ROWS_AT_ONCE if self._left is not None else max(len(pre_acts), 1)):
+            rows = slice(self._num_taken, self._num_taken + len(block))
+            self._num_taken = rows.stop
+            if self._left is None:
+                values, latents = select_topk(block, self._columns, self.mask, ordered=self._ordered)
+            elif self._num_left:
+                values, latents = select_topk(
+                    block.index_select(1, self._left), self._num_left, ordered=self._ordered
+                )
+                latents = self._left[latents]
+            else:
+                continue
+            self.values[rows, : self._num_left], self.latents[rows, : self._num_left] = values, latents
 
-    @property
     def off(self) -> Tensor | None:
-        if self._mask is not None:
-            return ~self._mask[self.indices]
-        return None if self._num_left == self.k else self.indices >= self._num_left
-
-    @property
-    def latents(self) -> Tensor:
-        """[batch, k] int64: the numbers of the latents themselves."""
-        return self.indices if self.among is None else self.among[self.indices]
+        """[batch, columns] bool: where a latent stands that may not be selected. None where there is none."""
+        if self.mask is None or (self._left is not None and self._num_left == self._columns):
+            return None
+        return ~self.mask[self.latents]
 
 
 @torch.no_grad()
 def select(
-    x: Tensor, W_enc: Tensor, b_enc: Tensor, selections: Sequence[Selection], slab_rows: int | None
+    x: Tensor, W_enc: Tensor, b_enc: Tensor, selections: Sequence[Selection], slab_rows: int | None = None
 ) -> None:
-    """Fill `selections` from x @ W_enc.T + b_enc, as `topk_encode`."""
+    """Fill `selections` from x @ W_enc.T + b_enc, which passes through a slab of slab_rows rows (by default 256 MB).
+
+    Args:
+        x: [batch, d_in]. The matmul runs in its dtype; W_enc [d_own, d_in] and b_enc [d_own] are cast to it.
+
+    Raises:
+        ValueError: if shapes do not fit.
+    """
     check_encoder(x, W_enc, b_enc)
     for selection in selections:
         selection.begin(x)
@@ -192,17 +200,12 @@ class _AttachTopK(torch.autograd.Function):
 def attach_selection(
     selection: Selection, x: Tensor, W_enc: Tensor, b_enc: Tensor, relu: bool
 ) -> tuple[Tensor, LatentMajor]:
-    """The acts [batch, k] of a filled selection, differentiable as `topk_encode` says, and their LatentMajor.
-
-    Its indices are the selection's: where that is `among` some latents, so is the LatentMajor.
-    """
-    off = selection.off
+    """The acts [batch, k] of a filled selection, differentiable as those of `topk_encode`, and their LatentMajor."""
+    off = selection.off()
     if relu:
         negative = selection.values <= 0
         off = negative if off is None else off | negative
-    if selection.among is not None:
-        W_enc, b_enc = take_rows(W_enc, selection.among), take_rows(b_enc, selection.among)
-    pattern = LatentMajor(selection.indices, W_enc.shape[0])
+    pattern = LatentMajor(selection.latents, W_enc.shape[0])
     acts = _AttachTopK.apply(selection.values, x, W_enc, b_enc, pattern, off)
     return acts, pattern  # pyright: ignore[reportReturnType]
 
@@ -217,7 +220,8 @@ def check_encoder(x: Tensor, W_enc: Tensor, b_enc: Tensor) -> None:
         raise ValueError(f"b_enc must be [{W_enc.shape[0]}], got {tuple(b_enc.shape)}")
 
 
-def _check_selection(k: int, mask: Tensor | None, d_sae: int) -> None:
+def check_selection(k: int, mask: Tensor | None, d_sae: int) -> None:
+    """Raises ValueError unless k lies in 1..d_sae and mask is None or bool [d_sae]."""
     if not 1 <= k <= d_sae:
         raise ValueError(f"k must lie in 1..d_sae = {d_sae}, got {k}")
     if mask is not None and (mask.dtype != torch.bool or mask.shape != (d_sae,)):
@@ -257,9 +261,8 @@ def topk_encode(
     Raises:
         ValueError: if shapes or k do not fit, or mask is not bool [d_sae].
     """
-    _check_selection(k, mask, W_enc.shape[0])
-    selection = Selection(k, mask)
+    check_selection(k, mask, W_enc.shape[0])
+    selection = Selection(k, mask=mask)
     select(x, W_enc, b_enc, [selection], slab_rows)
     acts, pattern = attach_selection(selection, x, W_enc, b_enc, relu)
-    latents = selection.latents
-    return acts, latents, pattern if selection.among is None else LatentMajor(latents, W_enc.shape[0])
+    return acts, selection.latents, pattern

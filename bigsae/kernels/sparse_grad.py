@@ -1,12 +1,10 @@
 """Gradients of latent-major weights from a step's selected latents: one sort, used for every matrix and bias."""
 
 import functools
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from bigsae.kernels.dispatch import use_triton
 
@@ -53,37 +51,6 @@ def weight_gradient(
     else:
         pattern.rows(coefficients, dense, add_to=weight.grad)
     return None
-
-
-def _add_rows(out: Tensor, own: Tensor, rows: Tensor) -> None:
-    """Add float32 or float64 `rows` to those rows of `out` that `own` names, each once."""
-    if out.dtype == rows.dtype:
-        out.index_add_(0, own, rows)
-    else:  # as wide as the rows before it is rounded
-        out.index_copy_(0, own, rows.add(out.index_select(0, own)).to(out.dtype))
-
-
-class _TakeRows(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, weight: Tensor, own: Tensor) -> Tensor:
-        ctx.save_for_backward(weight, own)
-        return weight.index_select(0, own)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, None]:
-        weight, own = ctx.saved_tensors
-        returned, total = gradient_sum(weight)
-        _add_rows(total, own, grad_outputs[0])
-        return returned, None
-
-
-def take_rows(weight: Tensor, own: Tensor) -> Tensor:
-    """[n, d] = weight[own] for different rows `own` [n] int64, differentiable (once).
-
-    The gradient comes in the `gradient_dtype` of weight; where that is made in place, only these rows are touched.
-    """
-    return _TakeRows.apply(weight, own)  # pyright: ignore[reportReturnType]
 
 
 class LatentMajor:
@@ -202,7 +169,11 @@ class LatentMajor:
                 bounds[first : first + len(own) + 1] - start,
                 coefficients[start:stop],
             )
-            _add_rows(out, own, rows)
+            if out.dtype == rows.dtype:
+                out.index_add_(0, own, rows)
+            else:  # in float32 before it is rounded
+                rows += out.index_select(0, own)
+                out.index_copy_(0, own, rows.to(out.dtype))
 
     def sums(self, coefficients: Tensor, *, dtype: torch.dtype | None = None) -> Tensor:
         """[d_sae]: the sum of each latent's coefficients ([batch, k]); a bias gradient. See `rows`."""

@@ -58,7 +58,8 @@ def _select_block(values: Tensor, k: int, ordered: bool) -> tuple[Tensor, Tensor
     for tile in _TILES:
         if values.shape[1] > 2 * k * tile:  # else the round saves less than it costs
             values, index = _narrow(values, index, k, tile)
-    if not ordered and (found := _in_any_order(values, k)) is not None:
+    # In half precision there are ties among so many.
+    if not ordered and values.dtype == torch.float32 and (found := _in_any_order(values, k)) is not None:
         return found[0], index.expand(values.shape[0], -1).gather(1, found[1])
     order = torch.topk(_order_keys(values, index), k, dim=1).indices
     return values.gather(1, order), index.expand(values.shape[0], -1).gather(1, order)
@@ -73,8 +74,8 @@ def select_topk(
         values: [batch, d_sae], bfloat16, float16, float32 or float64.
         k: how many, 1 <= k <= d_sae.
         mask: [d_sae] bool; latents where it is False count as -inf, so they come after all others.
-        ordered: False where their order is of no matter, which saves half the time for many of few values on CPU. It is
-            the same order for the same values.
+        ordered: False where their order is of no matter, which saves half the time for many of few float32 values on
+            CPU. It follows from `values`.
 
     Returns:
         top_values [batch, k] in the dtype of values, and top_indices [batch, k] int64. Not differentiable.

@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bigsae.kernels.decode import sparse_decode
-from bigsae.kernels.encode import Selection, attach_selection, default_slab_rows
+from bigsae.kernels.encode import Selection, attach_selection, check_selection, default_slab_rows
 from bigsae.kernels.encode_above import attach
 from bigsae.kernels.pairs import RaggedPairs
-from bigsae.kernels.sparse_grad import LatentMajor, take_rows
+from bigsae.kernels.sparse_grad import LatentMajor
 from bigsae.kernels.topk import select_topk
 
 # What a candidate takes while its token is decided, in values: it is there as it came and in order, and has a place.
@@ -33,24 +33,20 @@ class TopK:
     acts: Tensor
     indices: Tensor
     pattern: LatentMajor | None
-    among: Tensor | None = None
-    """[n] int64: the latents that `indices` number; None where these are all of them."""
 
     def first(self, k: int) -> "TopK":
         """The k largest alone."""
-        return TopK(self.acts[:, :k].contiguous(), self.indices[:, :k].contiguous(), None, self.among)
+        return TopK(self.acts[:, :k].contiguous(), self.indices[:, :k].contiguous(), None)
 
     def decode(self, weight: Tensor) -> Tensor:
         """[batch, d_out]: what they add up to in rows of `weight` [d_sae, d_out]; differentiable."""
-        rows = weight if self.among is None else take_rows(weight, self.among)
-        return sparse_decode(self.acts, self.indices, rows, self.pattern)
+        return sparse_decode(self.acts, self.indices, weight, self.pattern)
 
     def firing_counts(self, d_sae: int) -> Tensor:
         """[d_sae] int32: tokens on which each latent has a value > 0."""
         fired = (self.acts.detach() > 0).to(torch.int32)
         counts = torch.zeros(d_sae, dtype=torch.int32, device=fired.device)
-        latents = self.indices if self.among is None else self.among[self.indices]
-        return counts.scatter_add_(0, latents.flatten(), fired.flatten())
+        return counts.scatter_add_(0, self.indices.flatten(), fired.flatten())
 
 
 @dataclass(frozen=True)
@@ -79,16 +75,16 @@ class OwnOfTopK:
 
 @torch.no_grad()
 def _own_of(
-    selection: Selection, d_own: int, k: int, relu: bool, slab: int, rank: int, num_ranks: int, gather: Gather
+    selection: Selection, d_own: int, relu: bool, slab: int, rank: int, num_ranks: int, gather: Gather
 ) -> tuple[Tensor, RaggedPairs, Tensor]:
     """Values, pairs and places of what is left of this rank's candidates when those of all ranks are compared.
 
     `slab`: pre-activations that exist at a time on each rank.
     """
-    values, latents = selection.values, selection.latents
-    k_own = values.shape[1]
+    values, latents, k = selection.values, selection.latents, selection.k
+    columns = values.shape[1]
     # A few tokens at a time, on all ranks: of all of them the candidates may be more than the slab.
-    num_tokens = max(slab // (_CANDIDATE_COPIES * k_own * num_ranks), 1)
+    num_tokens = max(slab // (_CANDIDATE_COPIES * columns * num_ranks), 1)
     place_of = torch.cat([_places(part, k, rank, gather) for part in values.split(num_tokens)])
     keep = place_of < k
     # Without value and gradient: masked latents, and under the ReLU what is not positive. A NaN stays.
@@ -113,12 +109,19 @@ def _ascending(like: Tensor) -> Tensor:
     return torch.arange(like.shape[1], device=like.device)
 
 
-def own_selection(k: int, d_own: int, num_ranks: int, mask: Tensor | None = None) -> Selection:
-    """What a rank with `d_own` latents has to select so that `topk_pairs` finds the k largest of all ranks.
+def own_selection(k: int, d_own: int, num_ranks: int = 1, mask: Tensor | None = None) -> Selection:
+    """What each of `num_ranks` ranks, with `d_own` latents each, has to select for `topk_pairs`.
 
-    `mask`, bool [d_own]: of latents where it is True. Then, on one rank, in any order.
+    Args:
+        k: how many latents of all ranks a token selects.
+        mask: [d_own] bool; only latents where it is True are selected, on one rank in any order.
+
+    Raises:
+        ValueError: if there are fewer latents than k, or mask is not bool [d_own].
     """
-    return Selection(min(k, d_own), mask, ordered=mask is None or num_ranks > 1)
+    check_selection(k, None, d_own * num_ranks)
+    check_selection(1, mask, d_own)
+    return Selection(k, min(k, d_own), mask, ordered=mask is None or num_ranks > 1)
 
 
 def topk_pairs(
@@ -126,7 +129,6 @@ def topk_pairs(
     x: Tensor,
     W_enc: Tensor,
     b_enc: Tensor,
-    k: int,
     rank: int = 0,
     num_ranks: int = 1,
     gather: Gather | None = None,
@@ -137,10 +139,9 @@ def topk_pairs(
     """The k largest of each token's pre-activations of all ranks: of them what this rank holds, differentiable.
 
     Args:
-        selection: of this rank's latents, filled (`select`) from the same x, W_enc and b_enc.
+        selection: an `own_selection`, filled (`select`) from the same x, W_enc and b_enc.
         x: [batch, d_in], the same tokens on every rank.
         W_enc, b_enc: [d_own, d_in] and [d_own], this rank's latents; as many on every rank.
-        k: how many latents of all ranks a token selects.
         rank: the number of this rank of `num_ranks`; lower ones hold lower latents.
         gather: exchanges the candidates; None where one rank holds all latents.
         relu: clamp selected values at zero; on several ranks those that are not positive, which then have neither value
@@ -149,8 +150,8 @@ def topk_pairs(
     """
     if gather is None:
         acts, pattern = attach_selection(selection, x, W_enc, b_enc, relu)
-        return TopK(acts, selection.indices, pattern, selection.among)
+        return TopK(acts, selection.latents, pattern)
     d_own = W_enc.shape[0]
     slab = (slab_rows or default_slab_rows(d_own, x)) * d_own
-    values, pairs, places = _own_of(selection, d_own, k, relu, slab, rank, num_ranks, gather)
+    values, pairs, places = _own_of(selection, d_own, relu, slab, rank, num_ranks, gather)
     return OwnOfTopK(attach(values, pairs, x, W_enc, b_enc), pairs, places)

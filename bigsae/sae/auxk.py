@@ -17,30 +17,29 @@ from bigsae.sae.losses import StepContext, global_moments
 
 
 def auxk_selection(sae: SAE, k_aux: int, coefficient: float, context: StepContext) -> list[Selection]:
-    """What is to be selected beside the latents that fire: the dead ones' largest pre_acts, or nothing."""
+    """What is to be selected beside the latents that fire: the dead ones' largest pre_acts; nothing while none is."""
     if context.dead is None or not coefficient:
         return []
     return [sae.selection(min(k_aux, sae.d_sae), context.dead.mask)]
 
 
-def auxk_decoded(
-    sae: SAE, selections: list[Selection], encoder_input: Tensor, b_enc: Tensor, k_aux: int
-) -> Tensor | None:
-    """ê [batch, d_out] of the filled `auxk_selection`; None where it is empty."""
-    if not selections:
-        return None
-    selected = sae.topk(selections[0], encoder_input, b_enc, min(k_aux, sae.d_sae), relu=False)
-    return sae.shape.latents.sum(selected.decode(sae.W_dec))
-
-
 def auxk_loss(
-    e: Tensor, e_hat: Tensor | None, k_aux: int, coefficient: float, context: StepContext
+    sae: SAE,
+    selections: list[Selection],
+    encoder_input: Tensor,
+    b_enc: Tensor,
+    e: Tensor,
+    k_aux: int,
+    coefficient: float,
+    context: StepContext,
 ) -> Tensor:
-    """This rank's share of the weighted loss for the residual `e` [batch, d_out]; 0 without ê."""
-    if e_hat is None:
+    """This rank's share of the weighted loss for the residual `e` [batch, d_out], from the filled `auxk_selection`."""
+    if not selections:
         return e.new_zeros(())
     assert context.dead is not None
     e = e.detach()
+    selected = sae.topk(selections.pop(), encoder_input, b_enc, relu=False)
+    e_hat = sae.shape.latents.sum(selected.decode(sae.W_dec))
     variance = global_moments(e, context.num_tokens, context.group).variance().float()
     weight = coefficient * (context.dead.num_dead / k_aux).clamp(max=1.0)
     return weight * (e - e_hat).square().sum() / variance

@@ -140,7 +140,7 @@ class SAE(nn.Module, ABC):
         return centred.bfloat16() if self.shape.autocast else centred
 
     def centred(self, x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-        """As `encoder_input`, without a gradient; and `bias`, whose gradient reaches b_dec in its stead (centre.py)."""
+        """As `encoder_input`, but b_dec has its gradient from that of the `bias` that is returned (centre.py)."""
         centred = x.to(self.W_enc.dtype)
         if self.shape.apply_b_dec_to_input and not self.is_transcoder:
             centred, bias = centre(centred, self.W_enc, bias, self.shape.latents.share(self.b_dec))
@@ -159,21 +159,16 @@ class SAE(nn.Module, ABC):
         """Of the k largest pre_acts of each token, of all latents or of those where `mask` [d_own] is True."""
         return own_selection(k, self.d_own, self.shape.latents.num_ranks, mask)
 
-    def select(self, encoder_input: Tensor, bias: Tensor, *selections: Selection) -> None:
-        """Fill them from the same pre_acts; without a gradient."""
-        select(encoder_input, self.W_enc, bias, selections, self.slab_rows(encoder_input.dtype))
-
     def topk(
-        self, selection: Selection, encoder_input: Tensor, bias: Tensor, k: int, *, relu: bool = True
+        self, selection: Selection, encoder_input: Tensor, bias: Tensor, *, relu: bool = True
     ) -> TopK | OwnOfTopK:
-        """The k largest pre_acts of each token, of all ranks' latents, from a filled selection; differentiable."""
+        """The largest pre_acts of each token, of all ranks' latents, from a filled selection; differentiable."""
         latents = self.shape.latents
         return topk_pairs(
             selection,
             encoder_input,
             self.W_enc,
             bias,
-            k,
             latents.rank,
             latents.num_ranks,
             latents.gather if latents.num_ranks > 1 else None,
@@ -181,11 +176,14 @@ class SAE(nn.Module, ABC):
             slab_rows=self.slab_rows(encoder_input.dtype),
         )
 
-    def encode_topk(self, encoder_input: Tensor, bias: Tensor, k: int) -> TopK | OwnOfTopK:
-        """The k largest pre_acts of each token, of all latents."""
-        selection = self.selection(k)
-        self.select(encoder_input, bias, selection)
-        return self.topk(selection, encoder_input, bias, k)
+    def encode_topk(
+        self, encoder_input: Tensor, bias: Tensor, k: int, *selections: Selection
+    ) -> TopK | OwnOfTopK:
+        """The k largest pre_acts of each token, of all latents; `selections` are filled from the same pre_acts."""
+        largest = self.selection(k)
+        rows = self.slab_rows(encoder_input.dtype)
+        select(encoder_input, self.W_enc, bias, (largest, *selections), rows)
+        return self.topk(largest, encoder_input, bias)
 
     def encode_batchtopk(
         self,

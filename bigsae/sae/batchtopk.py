@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from bigsae.config import SAEConfig
 from bigsae.kernels.pairs import RaggedPairs
-from bigsae.sae.auxk import auxk_decoded, auxk_loss, auxk_selection
+from bigsae.sae.auxk import auxk_loss, auxk_selection
 from bigsae.sae.base import SAE, Shape
 from bigsae.sae.jumprelu import saelens_jumprelu, select_active
 from bigsae.sae.losses import StepContext, StepOutput
@@ -90,10 +90,11 @@ class BatchTopKSAE(SAE):
         acts, pairs, smallest = self.encode_batchtopk(
             encoder_input, b_enc, self.k * context.num_tokens, guess, context, *dead
         )
-        e_hat = auxk_decoded(self, dead, encoder_input, b_enc, self.k_aux)
         self._follow(smallest)
         loss, residual = self._reconstruct(x, y, acts, pairs, context.moments.variance().float())
-        auxk = auxk_loss(residual, e_hat, self.k_aux, self.auxk_coefficient, context)
+        auxk = auxk_loss(
+            self, dead, encoder_input, b_enc, residual, self.k_aux, self.auxk_coefficient, context
+        )
         fired = acts.detach() > 0
         return StepOutput(
             loss + auxk,

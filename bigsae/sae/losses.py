@@ -36,7 +36,7 @@ def global_moments(x: Tensor, num_tokens: int, group: ProcessGroup | None) -> Mo
     """
     sums = torch.zeros(x.shape[1] + 1, dtype=torch.float64, device=x.device)
     for rows in x.detach().split(_MOMENT_ROWS):  # no float64 copy of the whole batch
-        wide = rows.double()
+        wide = rows.to(torch.float64, copy=True)
         sums[:-1] += wide.sum(0)
         sums[-1] += wide.square_().sum()
     collectives.sum_(sums, group)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from bigsae.config import SAEConfig
 from bigsae.kernels.topk_pairs import TopK
-from bigsae.sae.auxk import auxk_decoded, auxk_loss, auxk_selection
+from bigsae.sae.auxk import auxk_loss, auxk_selection
 from bigsae.sae.base import SAE, Shape
 from bigsae.sae.losses import StepContext, StepOutput
 
@@ -80,12 +80,8 @@ class TopKSAE(SAE):
 
     def training_forward(self, x: Tensor, y: Tensor, context: StepContext) -> StepOutput:
         encoder_input, b_enc = self.centred(x, self.b_enc)
-        k = self.k * (_MULTI if self.multi_topk else 1)
-        largest, dead = self.selection(k), auxk_selection(self, self.k_aux, self.auxk_coefficient, context)
-        self.select(encoder_input, b_enc, largest, *dead)
-        # First, so that in the backward its few rows are added to gradients that are there: autograd goes back in time.
-        e_hat = auxk_decoded(self, dead, encoder_input, b_enc, self.k_aux)
-        selected = self.topk(largest, encoder_input, b_enc, k)
+        dead = auxk_selection(self, self.k_aux, self.auxk_coefficient, context)
+        selected = self.encode_topk(encoder_input, b_enc, self.k * (_MULTI if self.multi_topk else 1), *dead)
         variance = context.moments.variance().float()
         parts = {name: variance.new_zeros(()) for name in self.loss_parts}
         if self.multi_topk:
@@ -93,7 +89,9 @@ class TopKSAE(SAE):
             parts["multi_topk_loss"] = _MULTI_COEFFICIENT * error.square().sum() / variance
             selected = selected.first(self.k)
         residual = y - self.output(x, selected.decode(self.W_dec))
-        parts["auxk_loss"] = auxk_loss(residual, e_hat, self.k_aux, self.auxk_coefficient, context)
+        parts["auxk_loss"] = auxk_loss(
+            self, dead, encoder_input, b_enc, residual, self.k_aux, self.auxk_coefficient, context
+        )
         loss = residual.square().sum() / variance + torch.stack(list(parts.values())).sum()
         return StepOutput(
             loss,

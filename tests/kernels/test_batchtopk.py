@@ -5,6 +5,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from bigsae.kernels import batchtopk, reference
 from bigsae.kernels.batchtopk import batchtopk_encode
 from bigsae.kernels.global_topk import Ranks
+from bigsae.kernels.topk_pairs import own_selection
 
 DTYPES = [torch.float32, torch.bfloat16]
 SHAPES = [(1, 5, 1), (7, 17, 101), (33, 24, 300), (0, 3, 7)]  # (batch, d_in, d_sae)
@@ -169,3 +170,20 @@ def test_errors():
         batchtopk_encode(x[:, :2], W_enc, b_enc, 1, None, Ranks())
     with pytest.raises(ValueError, match="b_enc must be"):
         batchtopk_encode(x, W_enc, b_enc[:4], 1, None, Ranks())
+
+
+@pytest.mark.parametrize("guess", [None, 1e9, 1e-9])
+def test_a_selection_beside_it(device, guess):
+    """AuxK's, from the first pass' slabs: also where its bound is too high, or so low that pairs are left out."""
+    x, W_enc, b_enc = (torch.randn(*s, device=device) for s in ((40, 6), (90, 6), (90,)))
+    mask = torch.rand(90, device=device) < 0.3
+    selection = own_selection(7, 90, mask=mask)
+    guess = None if guess is None else torch.tensor(guess, device=device)
+    acts, pairs, _ = batchtopk_encode(
+        x, W_enc, b_enc, 30, guess, Ranks(), slab_rows=3, selections=[selection]
+    )
+    values, latents = reference.select_topk(x @ W_enc.T + b_enc, 7, mask)
+    assert torch.equal(selection.latents.sort(1).values, latents.sort(1).values)
+    torch.testing.assert_close(selection.values.sort(1, descending=True).values, values)
+    without, same, _ = batchtopk_encode(x, W_enc, b_enc, 30, guess, Ranks(), slab_rows=3)
+    assert torch.equal(acts, without) and torch.equal(pairs.latents, same.latents)

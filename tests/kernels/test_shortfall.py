@@ -68,3 +68,14 @@ def test_it_adds_to_a_gradient_in_place(device):
     for i, total in sums.items():
         assert tensors[i].grad is total
         torch.testing.assert_close(total, 1 + alone[i])
+
+
+def test_tokens_without_a_gradient(device):
+    """As a training step has them: every other gradient is the same."""
+    ours, dead = inputs(device, torch.float64), dead_latents(device, 150)
+    shortfall.shortfall(*ours, dead).backward()
+    x, *others = [t.detach().clone() for t in ours]
+    shortfall.shortfall(x, *[t.requires_grad_() for t in others], dead).backward()
+    assert x.grad is None
+    for a, b in zip(ours[1:], others, strict=True):
+        assert torch.equal(a.grad, b.grad)

@@ -4,7 +4,7 @@ from torch import Tensor
 
 from bigsae.kernels import reference, sparse_grad
 from bigsae.kernels.encode import select
-from bigsae.kernels.sparse_grad import LatentMajor, add_in_place, take_rows
+from bigsae.kernels.sparse_grad import LatentMajor, add_in_place
 from bigsae.kernels.topk_pairs import own_selection, topk_pairs
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -62,9 +62,9 @@ def test_a_weight_of_two_uses_sums_its_gradients_in_place(device, ragged):
         total = x.new_zeros(())
         for k in (2, 5):
             gather = (lambda values: values) if ragged else None
-            selection = own_selection(k, 40, 1)
+            selection = own_selection(k, 40)
             select(x, W_enc, x.new_zeros(40), [selection], None)
-            selected = topk_pairs(selection, x, W_enc, x.new_zeros(40), k, gather=gather)
+            selected = topk_pairs(selection, x, W_enc, x.new_zeros(40), gather=gather)
             total = total + (selected.decode(W_dec) - x).square().sum()
         return total
 
@@ -84,30 +84,6 @@ def test_a_weight_of_two_uses_sums_its_gradients_in_place(device, ragged):
     for weight, total, e in zip(weights, sums, expected, strict=True):
         assert weight.grad is total
         torch.testing.assert_close(total, 1 + e)
-
-
-@pytest.mark.parametrize("grad_dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("in_place", [False, True])
-@pytest.mark.parametrize("shape", [(40, 17), (40,)])
-def test_taken_rows(device, shape, in_place, grad_dtype):
-    """weight[own] and its gradient, in the weight's dtype for it; in place only these rows are touched."""
-    weight = torch.randn(*shape, device=device).requires_grad_()
-    weight.grad_dtype = grad_dtype
-    own = torch.tensor([3, 4, 39], device=device)
-    taken = take_rows(weight, own)
-    assert torch.equal(taken, weight[own])
-    grad = torch.randn_like(taken)
-    expected = torch.zeros(shape, device=device).index_copy(0, own, grad)
-    if in_place:
-        add_in_place(weight)
-        weight.grad = total = torch.ones(shape, dtype=grad_dtype, device=device)
-        expected += 1
-        taken.backward(grad)
-        assert weight.grad is total
-    else:
-        taken.backward(grad)
-    assert weight.grad is not None and weight.grad.dtype == grad_dtype
-    assert torch.equal(weight.grad, expected.to(grad_dtype))
 
 
 def test_sums_are_accumulated_in_float32(device):

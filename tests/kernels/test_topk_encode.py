@@ -209,11 +209,11 @@ def test_two_selections_of_the_same_pre_activations(device, dtype, num_left):
     mask[torch.randperm(40)[:num_left]] = True
     W_dec = torch.randint(-4, 5, (40, 6), device=device).to(dtype)
     inputs = [t.clone().requires_grad_() for t in (x, W_enc, b_enc, W_dec)]
-    largest, masked = own_selection(5, 40, 1), own_selection(8, 40, 1, mask)
+    largest, masked = own_selection(5, 40), own_selection(8, 40, mask=mask)
     select(*(t.detach() for t in inputs[:3]), [largest, masked], 7)
     sums = [
-        topk_pairs(selection, *inputs[:3], k, relu=relu).decode(inputs[3])
-        for selection, k, relu in ((largest, 5, True), (masked, 8, False))
+        topk_pairs(selection, *inputs[:3], relu=relu).decode(inputs[3])
+        for selection, relu in ((largest, True), (masked, False))
     ]
     wide = [t.double().requires_grad_() for t in (x, W_enc, b_enc, W_dec)]
     expected = [
@@ -227,3 +227,14 @@ def test_two_selections_of_the_same_pre_activations(device, dtype, num_left):
         torch.testing.assert_close(
             value.double(), wanted, rtol=1e-6 if dtype == torch.float32 else 2e-2, atol=1e-6
         )
+
+
+def test_more_latents_than_there_are():
+    """On several ranks, of those of all of them."""
+    with pytest.raises(ValueError, match=r"k must lie in 1\.\.d_sae = 40, got 41"):
+        own_selection(41, 40)
+    with pytest.raises(ValueError, match=r"k must lie in 1\.\.d_sae = 80, got 81"):
+        own_selection(81, 40, 2)
+    assert own_selection(41, 40, 2).k == 41
+    with pytest.raises(ValueError, match=r"mask must be bool \[40\]"):
+        own_selection(8, 40, mask=torch.ones(39, dtype=torch.bool))

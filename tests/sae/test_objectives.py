@@ -170,3 +170,13 @@ def test_variance_survives_a_long_mean():
     x = torch.randn(1000, 4, generator=torch.Generator().manual_seed(0)) + 1e4
     exact = (x.double() - x.double().mean(0)).square().sum()
     torch.testing.assert_close(global_moments(x, 1000, None).variance(), exact, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_moments_leave_the_batch_as_it_is(dtype):
+    x = torch.randn(5, 3, generator=torch.Generator().manual_seed(0)).to(dtype)
+    before = x.clone()
+    moments = global_moments(x, 5, None)
+    assert torch.equal(x, before)
+    centred = before.double() - before.double().mean(0)
+    torch.testing.assert_close(moments.variance(), centred.square().sum())
