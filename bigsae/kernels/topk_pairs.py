@@ -17,7 +17,6 @@ from bigsae.kernels.encode import Selection, attach_selection, check_selection, 
 from bigsae.kernels.encode_above import attach
 from bigsae.kernels.pairs import RaggedPairs
 from bigsae.kernels.sparse_grad import LatentMajor
-from bigsae.kernels.topk import select_topk
 
 # What a candidate takes while its token is decided, in values: it is there as it came and in order, and has a place.
 _CANDIDATE_COPIES = 6
@@ -97,16 +96,30 @@ def _own_of(
 
 
 def _places(values: Tensor, k: int, rank: int, gather: Gather) -> Tensor:
-    """[batch, k_own] int64: the place of each of this rank's candidates among the k of all ranks, k if it has none."""
-    batch, k_own = values.shape
-    candidates = gather(values).view(-1, batch, k_own).transpose(0, 1).flatten(1)
-    _, places = select_topk(candidates, min(k, candidates.shape[1]))
-    place_of = places.new_full(candidates.shape, k).scatter_(1, places, _ascending(places).expand_as(places))
-    return place_of[:, rank * k_own : (rank + 1) * k_own].clone()
+    """[batch, columns] int64: the place of each of this rank's candidates among those of all ranks, at most k.
+
+    Each rank's are in order, so a place is the sum of how many of each other rank's come before.
+    """
+    batch, columns = values.shape
+    of_ranks = _ascending_keys(gather(values)).view(-1, batch, columns)
+    own = of_ranks[rank]
+    places = torch.arange(columns, device=values.device).repeat(batch, 1)
+    for other, keys in enumerate(of_ranks):
+        if other != rank:
+            places += torch.searchsorted(
+                keys, own, right=other < rank
+            )  # of equal ones a lower rank's come first
+    return places.clamp_(max=k)
 
 
-def _ascending(like: Tensor) -> Tensor:
-    return torch.arange(like.shape[1], device=like.device)
+def _ascending_keys(values: Tensor) -> Tensor:
+    """Integers that are in the order of descending values, NaN first, and equal where these are."""
+    values = values.double() if values.dtype == torch.float64 else values.float()
+    keys = (values + 0.0).view(torch.int64 if values.dtype == torch.float64 else torch.int32)  # -0.0 is 0.0
+    largest = torch.iinfo(keys.dtype).max
+    # IEEE floats are sign and magnitude: flipping the magnitude of the negatives makes their bits order as integers.
+    keys = torch.where(keys < 0, keys ^ largest, keys).masked_fill_(values.isnan(), largest)
+    return ~keys
 
 
 def own_selection(k: int, d_own: int, num_ranks: int = 1, mask: Tensor | None = None) -> Selection:
