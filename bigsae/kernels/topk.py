@@ -17,14 +17,23 @@ _TILES = (64, 8)
 _ROWS_PER_BLOCK = 256
 
 
-def _order_keys(values: Tensor, index: Tensor) -> Tensor:
-    """int64 keys that are all different and rank by (value descending, index ascending) when taken largest first."""
-    values = values.float()
-    bits = (values + 0.0).view(torch.int32)  # + 0.0 makes -0.0 the equal of 0.0
+def ordered_bits(values: Tensor) -> Tensor:
+    """Integers in the order of `values`: int64 of float64, else int32. -0.0 is 0.0; NaN of either sign comes last."""
+    if values.dtype != torch.float64:
+        values = values.float()
+    bits = (values + 0.0).view(torch.int64 if values.dtype == torch.float64 else torch.int32)
+    largest = torch.iinfo(bits.dtype).max
     # IEEE floats are sign and magnitude: flipping the magnitude of the negatives makes their bits order as integers.
-    bits = bits ^ ((bits >> 31) & 0x7FFFFFFF)
-    bits = bits.masked_fill_(values.isnan(), 0x7FFFFFFF)  # as in torch.sort, NaN of either sign comes first
-    return (bits.long() << 32).sub_(index)
+    bits ^= (bits >> (8 * bits.element_size() - 1)) & largest
+    return bits.masked_fill_(values.isnan(), largest)
+
+
+def _order_keys(values: Tensor, index: Tensor) -> Tensor:
+    """int64 keys that are all different and rank by (value descending, index ascending) when taken largest first.
+
+    NaN is the largest, as in torch.sort. Not of float64.
+    """
+    return (ordered_bits(values).long() << 32).sub_(index)
 
 
 def _narrow(values: Tensor, index: Tensor, k: int, tile: int) -> tuple[Tensor, Tensor]:

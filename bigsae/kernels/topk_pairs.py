@@ -17,9 +17,11 @@ from bigsae.kernels.encode import Selection, attach_selection, check_selection, 
 from bigsae.kernels.encode_above import attach
 from bigsae.kernels.pairs import RaggedPairs
 from bigsae.kernels.sparse_grad import LatentMajor
+from bigsae.kernels.topk import ordered_bits
 
-# What a candidate takes while its token is decided, in values: it is there as it came and in order, and has a place.
-_CANDIDATE_COPIES = 6
+# What a candidate takes while its token is decided: it is there as it came, as an integer that is made of it, and has a
+# place (those of this rank, of two or more).
+_CANDIDATE_BYTES = 16
 
 Gather = Callable[[Tensor], Tensor]
 """From a tensor [n, ...] to those of all ranks, by rank, [ranks * n, ...]."""
@@ -83,7 +85,7 @@ def _own_of(
     values, latents, k = selection.values, selection.latents, selection.k
     columns = values.shape[1]
     # A few tokens at a time, on all ranks: of all of them the candidates may be more than the slab.
-    num_tokens = max(slab // (_CANDIDATE_COPIES * columns * num_ranks), 1)
+    num_tokens = max(slab * values.element_size() // (_CANDIDATE_BYTES * columns * num_ranks), 1)
     place_of = torch.cat([_places(part, k, rank, gather) for part in values.split(num_tokens)])
     keep = place_of < k
     # Without value and gradient: masked latents, and under the ReLU what is not positive. A NaN stays.
@@ -98,28 +100,15 @@ def _own_of(
 def _places(values: Tensor, k: int, rank: int, gather: Gather) -> Tensor:
     """[batch, columns] int64: the place of each of this rank's candidates among those of all ranks, at most k.
 
-    Each rank's are in order, so a place is the sum of how many of each other rank's come before.
+    Each rank's are in order, so a place is the sum of how many of each rank's come before.
     """
     batch, columns = values.shape
-    of_ranks = _ascending_keys(gather(values)).view(-1, batch, columns)
-    own = of_ranks[rank]
+    descending = ~ordered_bits(values)
     places = torch.arange(columns, device=values.device).repeat(batch, 1)
-    for other, keys in enumerate(of_ranks):
-        if other != rank:
-            places += torch.searchsorted(
-                keys, own, right=other < rank
-            )  # of equal ones a lower rank's come first
+    for other, theirs in enumerate(gather(values).view(-1, batch, columns)):
+        if other != rank:  # of equal ones a lower rank's come first
+            places += torch.searchsorted(~ordered_bits(theirs), descending, right=other < rank)
     return places.clamp_(max=k)
-
-
-def _ascending_keys(values: Tensor) -> Tensor:
-    """Integers that are in the order of descending values, NaN first, and equal where these are."""
-    values = values.double() if values.dtype == torch.float64 else values.float()
-    keys = (values + 0.0).view(torch.int64 if values.dtype == torch.float64 else torch.int32)  # -0.0 is 0.0
-    largest = torch.iinfo(keys.dtype).max
-    # IEEE floats are sign and magnitude: flipping the magnitude of the negatives makes their bits order as integers.
-    keys = torch.where(keys < 0, keys ^ largest, keys).masked_fill_(values.isnan(), largest)
-    return ~keys
 
 
 def own_selection(k: int, d_own: int, num_ranks: int = 1, mask: Tensor | None = None) -> Selection:

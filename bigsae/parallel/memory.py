@@ -229,9 +229,9 @@ def _activation_bytes(shape: SAEShape, batch: int, own: int, num_latent: int, ac
     if num_latent > 1:
         of_step = min(shape.k, own) if shape.selects == "token" else 0
         of_auxk = min(shape.k_aux, own)
-        # Those of all ranks, bounded by the slab: as they came, in order, and the place of each in it. Value and index
-        # of this rank's wait for that.
-        candidates = min(24 * num_latent * batch * int(max(of_step, of_auxk)), shape.slab_mb * _MIB)
+        # Those of all ranks while places are found, bounded by the slab (kernels/topk_pairs.py); this rank's wait for
+        # that as value and index.
+        candidates = min(16 * num_latent * batch * int(max(of_step, of_auxk)), shape.slab_mb * _MIB)
         candidates += 12 * batch * int(of_step + of_auxk)
     return batch * per_token + candidates
 

@@ -173,15 +173,18 @@ def test_errors():
 
 
 @pytest.mark.parametrize("guess", [None, 1e9, 1e-9])
-def test_a_selection_beside_it(device, guess):
+def test_a_selection_beside_it(device, guess, monkeypatch):
     """AuxK's, from the first pass' slabs: also where its bound is too high, or so low that pairs are left out."""
     x, W_enc, b_enc = (torch.randn(*s, device=device) for s in ((40, 6), (90, 6), (90,)))
     mask = torch.rand(90, device=device) < 0.3
-    selection = own_selection(7, 90, mask=mask)
+    selection, num_taken = own_selection(7, 90, mask=mask), []
+    take = selection.take
+    monkeypatch.setattr(selection, "take", lambda slab: (num_taken.append(len(slab)), take(slab)))
     guess = None if guess is None else torch.tensor(guess, device=device)
     acts, pairs, _ = batchtopk_encode(
         x, W_enc, b_enc, 30, guess, Ranks(), slab_rows=3, selections=[selection]
     )
+    assert sum(num_taken) == 40  # once, however often a bound fails
     values, latents = reference.select_topk(x @ W_enc.T + b_enc, 7, mask)
     assert torch.equal(selection.latents.sort(1).values, latents.sort(1).values)
     torch.testing.assert_close(selection.values.sort(1, descending=True).values, values)

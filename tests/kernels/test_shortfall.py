@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from bigsae.kernels import reference, shortfall
 from bigsae.kernels.sparse_grad import add_in_place
@@ -70,12 +71,21 @@ def test_it_adds_to_a_gradient_in_place(device):
         torch.testing.assert_close(total, 1 + alone[i])
 
 
+def addmm_flops(_: torch.Size, a: torch.Size, b: torch.Size, **__: object) -> int:
+    """Of the in-place product, which torch's counter does not know."""
+    return 2 * a[0] * a[1] * b[1]
+
+
 def test_tokens_without_a_gradient(device):
-    """As a training step has them: every other gradient is the same."""
+    """As a training step has them: a product less, and every other gradient is the same."""
     ours, dead = inputs(device, torch.float64), dead_latents(device, 150)
-    shortfall.shortfall(*ours, dead).backward()
+    in_place = {torch.ops.aten.addmm_: addmm_flops}
+    with FlopCounterMode(display=False, custom_mapping=in_place) as with_it:
+        shortfall.shortfall(*ours, dead).backward()
     x, *others = [t.detach().clone() for t in ours]
-    shortfall.shortfall(x, *[t.requires_grad_() for t in others], dead).backward()
+    with FlopCounterMode(display=False, custom_mapping=in_place) as without:
+        shortfall.shortfall(x, *[t.requires_grad_() for t in others], dead).backward()
     assert x.grad is None
+    assert with_it.get_total_flops() - without.get_total_flops() == 2 * x.numel() * 150
     for a, b in zip(ours[1:], others, strict=True):
         assert torch.equal(a.grad, b.grad)

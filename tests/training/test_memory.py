@@ -15,7 +15,7 @@ from torch._subclasses import FakeTensor
 from torch.profiler import ProfilerActivity, profile
 
 from bigsae.config import OptimConfig, SAEConfig
-from bigsae.kernels import encode
+from bigsae.kernels import encode, topk_pairs
 from bigsae.sae.losses import global_moments
 from bigsae.training.fit import fit_trainer
 from bigsae.training.optim import gradient_norm, project_rows_
@@ -170,6 +170,15 @@ def test_dead_latents_need_no_second_gradient(name, monkeypatch):
     measured = step(512, 16_384, sae, OPTIMS["float32"], monkeypatch)
     assert measured.num_dead > 16_384 / 3
     assert measured.peak <= 1.10 * measured.named
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("num_ranks", [2, 8])
+def test_candidates_of_several_ranks_take_what_the_slab_is_divided_by(num_ranks, dtype):
+    values = torch.randn(512, 32).sort(1, descending=True).values.to(dtype)
+    of_all = torch.cat([values] * num_ranks)
+    peak = peak_of(lambda: topk_pairs._places(values, 32, 0, lambda _: of_all.clone()))
+    assert peak <= 1.01 * topk_pairs._CANDIDATE_BYTES * of_all.numel()
 
 
 def test_accumulated_gradients_are_one_of_each(monkeypatch):
