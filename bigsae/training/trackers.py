@@ -56,6 +56,8 @@ class Trackers:
             arguments["wandb"]["resume"] = arguments["trackio"]["resume"] = "allow"
             # Later steps are written anew, and not to be shown twice.
             arguments["tensorboard"]["purge_step"] = resumed_step + 1
+            # A file's name is the second it was made in and the host: the same second's would be written over.
+            arguments["tensorboard"]["filename_suffix"] = f".resumed-{resumed_step}"
         self.accelerator.init_trackers(wandb.project or "bigsae", init_kwargs=arguments)
         values = without_secrets(to_dict(replace(config, lm=without_hub_kwargs(config.lm))))
         for tracker in self.accelerator.trackers:

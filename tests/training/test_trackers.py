@@ -201,6 +201,11 @@ def test_tensorboard_and_wandb_side_by_side(config, tmp_path):
     rows = {row["step"]: row["fvu"] for row in metrics(tmp_path / "run")}
     assert list(shown) == [2, 4, 6, 8, 10] == list(rows)
     assert shown == pytest.approx(rows) and starts == [5]
+    # Names differ by more than the second of the start.
+    names = {
+        path.name.partition(".resumed-")[2] for path in (tmp_path / "run" / "tensorboard").rglob("events.*")
+    }
+    assert names == {"", "4"}
     (hparams,) = (tmp_path / "run" / "tensorboard").rglob("hparams.yml")
     assert "sae.d_sae: 64" in hparams.read_text()
     assert {step for some in records(config) for step in history(some)} >= {2, 4, 6, 8, 10}
